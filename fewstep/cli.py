@@ -1,0 +1,248 @@
+"""The command line: reads arguments, calls `run`, and turns mistakes into one clear message.
+
+Nothing heavy is imported here at module level, so that `fewstep --help` answers at once.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fewstep.errors import FewstepError, Interrupted, RecipeError
+
+
+class Commands(TyperGroup):
+    """Ctrl-C anywhere is an `Interrupted` with exit code 130, not the parser's "Aborted"."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped by you") from None
+
+
+app = typer.Typer(
+    name="fewstep",
+    cls=Commands,
+    help="Distil a multi-step flow-matching image model into a student of a few evaluations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, see recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set budget.updates=10."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices to plan for.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Print what a recipe will do, or why it cannot."""
+    from rich.console import Console
+
+    from fewstep.recipe.facts import local_machine
+    from fewstep.recipe.load import load_recipe
+    from fewstep.recipe.plan import make_plan
+    from fewstep.recipe.render import render_plan
+
+    made = make_plan(load_recipe(recipe, parse_overrides(overrides)), local_machine(devices))
+    if as_json:
+        typer.echo(made.model_dump_json(indent=2))
+    else:
+        Console().print(render_plan(made))
+
+
+@app.command()
+def distill(
+    recipe: Recipe,
+    out: Out,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Train a few-step student from the recipe's teachers."""
+    from fewstep import run
+
+    with keeping_state(out):
+        run.distill(
+            recipe, out=out, overrides=parse_overrides(overrides), resume=resume, dry_run=dry_run
+        )
+
+
+@app.command()
+def teach(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A teacher's configuration.")],
+    out: Out,
+    overrides: Overrides = None,
+    resume: Resume = False,
+) -> None:
+    """Train a multi-step teacher."""
+    from fewstep import run
+
+    with keeping_state(out):
+        run.teach(config, out=out, overrides=parse_overrides(overrides), resume=resume)
+
+
+@app.command()
+def sample(
+    weights: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or weights file.")],
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    source: Annotated[Path | None, typer.Option(help="An image to edit.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What to change in --source.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,3 or 0-7.")] = "0-3",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The image to write.")] = Path(
+        "sample.png"
+    ),
+    model: Annotated[str, typer.Option(help="student, teacher or teacher:<name>.")] = "student",
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of a teacher.")] = None,
+) -> None:
+    """Draw a grid of images from a student or a teacher."""
+    check_sample_request(prompts, prompt_file, source, instruction)
+    from fewstep import run
+
+    run.sample(
+        weights,
+        prompts=prompts or [],
+        prompt_file=prompt_file,
+        source=source,
+        instruction=instruction,
+        seeds=parse_seeds(seeds),
+        out=out,
+        model=model,
+        steps=steps,
+    )
+
+
+@app.command("eval")
+def evaluate(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Score student and teachers on the evaluation split."""
+    from fewstep import run
+
+    run.evaluate(run_dir)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write report.html, results.md and results.csv from an evaluated run."""
+    from fewstep import run
+
+    run.report(run_dir)
+
+
+def main() -> None:
+    sys.exit(guarded(app, debug=bool(os.environ.get("FEWSTEP_DEBUG"))))
+
+
+def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
+    """Run a command; a mistake of the user becomes a message on stderr and an exit code.
+
+    With `debug` it keeps its traceback. Mistakes in the arguments are the parser's business.
+    """
+    try:
+        command()
+    except FewstepError as error:
+        if debug:
+            raise
+        return _complain(str(error), error.exit_code)
+    except OSError as error:
+        if debug or error.errno not in _DISK:
+            raise
+        file = f" while writing {error.filename}" if error.filename else ""
+        hint = "; what was saved before is intact: free some space and use --resume"
+        return _complain(_DISK[error.errno] + file + hint, DISK_FULL)
+    return 0
+
+
+DISK_FULL = 6
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your disk quota is used up",
+}
+
+
+def _complain(message: str, code: int) -> int:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    return code
+
+
+@contextmanager
+def keeping_state(out: Path) -> Iterator[None]:
+    """Ctrl-C during a run says where the state is and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        last = out / "checkpoints" / "last"
+        if last.exists():
+            message = f"stopped by you; state kept in {last}, go on with --resume"
+        else:
+            message = f"stopped by you before the first checkpoint; nothing to resume in {out}"
+        raise Interrupted(message) from None
+
+
+def parse_overrides(overrides: list[str] | None) -> dict[str, str]:
+    """["a.b=1"] -> {"a.b": "1"}."""
+    parsed: dict[str, str] = {}
+    for entry in overrides or []:
+        key, equals, value = entry.partition("=")
+        if not equals or not key:
+            raise RecipeError(
+                "is no KEY=VALUE", where=f"--set {entry}", hint="such as --set budget.updates=10"
+            )
+        if key in parsed:
+            raise RecipeError("is set twice", field=key, where=f"--set {entry}", hint="keep one")
+        parsed[key] = value
+    return parsed
+
+
+def parse_seeds(text: str) -> list[int]:
+    """0,3,8-10 -> [0, 3, 8, 9, 10]."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+            raise RecipeError(
+                f"{part.strip()!r} is no seed or range", field="--seeds", hint="use 0,3 or 0-7"
+            )
+        seeds.extend(range(int(first), int(last or first) + 1))
+    return seeds
+
+
+def check_sample_request(
+    prompts: list[str] | None,
+    prompt_file: Path | None,
+    source: Path | None,
+    instruction: str | None,
+) -> None:
+    """An edit is a source and an instruction; everything else is made from prompts."""
+    if (source is None) != (instruction is None):
+        missing = "--instruction" if instruction is None else "--source"
+        raise RecipeError("an edit needs a source and an instruction", hint=f"add {missing}")
+    if source is not None and (prompts or prompt_file):
+        raise RecipeError(
+            "a source image together with prompts", hint="use --instruction for an edit"
+        )
+    if source is None and not prompts and not prompt_file:
+        raise RecipeError("nothing to draw", hint="use --prompt, --prompt-file or --source")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a run asks of the world its images come from: prompts, latents, evaluation cases, a judge.
+
+Two worlds answer: `lab.domain` (procedural, exact truth) and `data.domain` (a folder of images).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from fewstep.core.types import Condition
+from fewstep.data.pools import Pool
+
+Images = np.ndarray
+"""uint8 [n, h, w, 3]"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to draw and judge. `seed` makes the starting noise, the same for every model."""
+
+    id: str
+    task: str
+    category: str
+    prompt: str
+    seed: int
+    truth: object
+    source: np.ndarray | None = None
+    target: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's word on one image: 1-5, sub-scores, reasons; `unscored` says why there is no score."""
+
+    score: float | None
+    subscores: dict[str, float]
+    reasons: tuple[str, ...]
+    unscored: str = ""
+
+
+class Domain(Protocol):
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a state."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels."""
+        ...
+
+    def text_sizes(self) -> dict[str, int]:
+        """What a network needs to know of the text: vocabulary or text_width, and max_text."""
+        ...
+
+    @property
+    def judge_name(self) -> str: ...
+
+    def pool(self, category: str, size: int, seed: int, *, task: str, targets: bool) -> Pool:
+        """Training prompts of a category; `targets` adds the latents that teachers train on."""
+        ...
+
+    def condition(self, prompts: Sequence[str], sources: Images | None) -> Condition: ...
+
+    def decode(self, latents: Tensor) -> Images: ...
+
+    def cases(
+        self, task: str, category: str, count: int, seed: int, *, evaluation: bool = True
+    ) -> list[Case]: ...
+
+    def judge(self, images: Images, cases: Sequence[Case]) -> list[Verdict]: ...

@@ -1,0 +1,58 @@
+"""What can go wrong by the user's doing. Each error says what was wrong and what would work.
+
+Programmer mistakes are assertions and never one of these.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FewstepError(Exception):
+    """A message for the user; `cli.main` prints it, without a traceback, and exits so."""
+
+    exit_code = 1
+
+
+class RecipeError(FewstepError):
+    """The recipe asks for something that does not exist or cannot work."""
+
+    exit_code = 2
+
+    def __init__(self, problem: str, *, field: str = "", hint: str = "", where: str = "") -> None:
+        self.problem, self.field, self.hint, self.where = problem, field, hint, where
+        message = ": ".join(part for part in (where, field, problem) if part)
+        super().__init__(f"{message}; {hint}" if hint else message)
+
+
+class DataError(FewstepError):
+    """A file of the user's data is missing, unreadable or contradicts itself."""
+
+    exit_code = 3
+
+
+class CheckpointError(FewstepError):
+    """Weights or a training state are truncated, of the wrong size or of another run."""
+
+    exit_code = 4
+
+
+class RunError(FewstepError):
+    """A run had to stop: a value that is not finite, or a run folder in the wrong state."""
+
+    exit_code = 5
+
+
+class Interrupted(FewstepError):
+    """The user stopped the run (Ctrl-C); the message says where the state is kept."""
+
+    exit_code = 130
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint: the nearest known name first, then all of them."""
+    names = list(known)
+    if not names:
+        return "there are none to choose from"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = ", ".join(names)
+    return f"did you mean {near[0]!r}? known: {listed}" if near else f"known: {listed}"

@@ -1,0 +1,392 @@
+"""The lab's judge: scores an image against its caption, or against a source and its instruction.
+
+It needs no internet: it knows the truth of every case and reads images with `reader.py`. Scores are
+on the paper's 1 to 5 scale (arXiv 2606.03746, appendix A): prompt compliance and technical quality
+weigh equally, edits have sub-scores, and a severe failure caps the overall score. How far to trust
+it is in `docs/oracle.md`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+
+from fewstep.lab.edits import Edit
+from fewstep.lab.pools import to_images, to_pixels
+from fewstep.lab.reader import NO_LETTER, PLACES, READER_WEIGHTS, TARGETS, Reader, load_reader
+from fewstep.lab.world import ATTRIBUTES, Scene
+
+# --- calibration ------------------------------------------------------------------------------
+# A scale maps a measurement to a score by straight lines over the logarithm of the measurement,
+# between (measurement, score) anchors; beyond the ends it is flat. Anchors are medians over
+# training-split cases, as printed by `python -m fewstep.lab.oracle_validation --calibrate`.
+Scale = tuple[tuple[float, float], ...]
+
+# root mean square of image minus projection (of 1)
+MANIFOLD: Final[Scale] = ((0.003, 5.0), (0.02, 4.6), (0.04, 3.0), (0.10, 1.0))
+# noise sigma on the flattest blocks, beyond the projection's (of 255)
+NOISE: Final[Scale] = ((0.5, 5.0), (2.0, 4.0), (4.0, 3.0), (8.0, 2.0), (16.0, 1.0))
+# mean absolute change of what had to stay (of 1)
+KEPT: Final[Scale] = ((0.006, 5.0), (0.014, 4.7), (0.03, 4.0), (0.06, 2.5), (0.10, 1.0))
+# one minus the correlation with the content of the source or target, for style and enhancement
+CONTENT: Final[Scale] = ((0.002, 5.0), (0.01, 4.7), (0.03, 4.0), (0.1, 2.5), (0.3, 1.0))
+# error of a perfect answer after the autoencoder's round trip: an error this small counts as none
+ROUND_TRIP: Final = 0.03
+
+WORD_WEIGHT: Final = 0.5  # of the word in the compliance of a sign
+OFF_BY_ONE: Final = 0.5  # credit for three where two were asked for
+# (score of the failed part, highest overall score then possible), with straight lines between
+CAP: Final = ((1.0, 1.5), (4.0, 5.0))
+CAP_KEPT: Final = ((1.0, 2.8), (3.5, 5.0))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A score from 1 to 5, what it is made of, and why it is not 5."""
+
+    score: float
+    subscores: Mapping[str, float]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the oracle sees in one image before it knows what was asked for."""
+
+    probabilities: Mapping[str, np.ndarray]
+    distance: float
+    """To the nearest render: root mean square, of 1."""
+    noise: float
+    """Sigma on flat areas beyond that of the nearest render, of 255."""
+
+    def read(self, name: str) -> str:
+        """The most probable class of a target, or the word."""
+        if name == "word":
+            return "".join(self.read(place) for place in PLACES).rstrip(NO_LETTER)
+        return TARGETS[name][int(self.probabilities[name].argmax())]
+
+    def probability(self, name: str, value: str) -> float:
+        return float(self.probabilities[name][TARGETS[name].index(value)])
+
+
+def on_scale(value: float, scale: Scale) -> float:
+    points, scores = zip(*scale, strict=True)
+    return float(np.interp(np.log(max(value, 1e-9)), np.log(points), scores))
+
+
+def score_of(credit: float) -> float:
+    """A share of what was asked, in [0, 1], on the 1 to 5 scale."""
+    return 1 + 4 * credit
+
+
+def capped(score: float, part: float, cap: Scale) -> float:
+    parts, limits = zip(*cap, strict=True)
+    return min(score, float(np.interp(part, parts, limits)))
+
+
+# --- attributes ---------------------------------------------------------------------------------
+
+
+def credit(look: Look, scene: Scene, name: str) -> float:
+    """How far an attribute of the scene is there, in [0, 1]: its probability, or partial credit."""
+    seen = look.probability("category", scene.category)
+    if name == "word":
+        return seen * word_credit(look, scene["word"])
+    if name == "count":
+        return seen * count_credit(look, scene["count"])
+    if name in ("landmark", "colour"):  # nothing there has no colour
+        seen *= 1 - look.probability("count", "no")
+    return seen * look.probability(name, scene[name])
+
+
+def word_credit(look: Look, word: str) -> float:
+    """The share of right letters; letters too many count as wrong ones."""
+    length = max(len(word), len(look.read("word")))
+    return (
+        sum(look.probability(p, letter) for p, letter in zip(PLACES, word, strict=False)) / length
+    )
+
+
+def count_credit(look: Look, count: str) -> float:
+    values = ATTRIBUTES["landscape"]["count"]
+    wanted = values.index(count)
+    near = [v for v in values[1:] if wanted and abs(values.index(v) - wanted) == 1]
+    return look.probability("count", count) + OFF_BY_ONE * sum(
+        look.probability("count", v) for v in near
+    )
+
+
+def explain(look: Look, scene: Scene, names: Sequence[str]) -> list[str]:
+    """What was wanted and what is read instead, for each attribute that is wrong."""
+    if (category := look.read("category")) != scene.category:
+        return [f"category: wanted {scene.category}, read {category}"]
+    reasons = []
+    for name in names:
+        read = look.read(name)
+        if name in ("landmark", "colour") and look.read("count") == "no":
+            reasons.append(f"{name}: wanted {scene[name]}, nothing there")
+        elif read == scene[name]:
+            continue
+        elif name == "word":
+            longest = max(len(read), len(scene["word"]))
+            letters = zip(
+                scene["word"].ljust(longest, NO_LETTER), read.ljust(longest, NO_LETTER), strict=True
+            )
+            reasons += [
+                f"letter {i}: wanted {a}, read {b}" for i, (a, b) in enumerate(letters, 1) if a != b
+            ]
+        else:
+            reasons.append(f"{name}: wanted {scene[name]}, read {read}")
+    return reasons
+
+
+# --- technical quality --------------------------------------------------------------------------
+
+
+def flat_noise(
+    images: np.ndarray, projections: np.ndarray, *, block: int = 4, share: float = 0.25
+) -> np.ndarray:
+    """Sigma of white noise [n], of 255, on the flattest blocks, beyond that of the projection.
+
+    A pixel minus the mean of its 3x3 neighbourhood has 8/9 of the variance of white noise.
+    """
+
+    def block_power(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+        mean = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2)).mean((-2, -1))
+        n, h, w, c = x.shape
+        squares = (x - mean) ** 2
+        return (
+            squares.reshape(n, h // block, block, w // block, block, c)
+            .mean((2, 4, 5))
+            .reshape(n, -1)
+        )
+
+    clean = block_power(projections)
+    flattest = np.argsort(clean, 1, kind="stable")[:, : int(share * clean.shape[1])]
+    excess = np.take_along_axis(block_power(images) - clean, flattest, 1).mean(1)
+    return np.sqrt(np.maximum(excess, 0) * 9 / 8)
+
+
+def quality(look: Look) -> float:
+    """Technical quality: the worse of distance to the renders and noise on flat areas."""
+    return min(on_scale(look.distance, MANIFOLD), on_scale(look.noise, NOISE))
+
+
+def explain_quality(look: Look) -> list[str]:
+    reasons = []
+    if on_scale(look.noise, NOISE) < 4:
+        reasons.append(f"noise on flat areas: {look.noise:.1f}/255")
+    if on_scale(look.distance, MANIFOLD) < 4:
+        reasons.append(f"drawing: differs from the nearest clean one by {look.distance:.3f}")
+    return reasons
+
+
+# --- pixels of edits ------------------------------------------------------------------------------
+
+
+def pixel_error(image: np.ndarray, target: np.ndarray) -> float:
+    """Mean absolute error plus half that of the differences of neighbours, of 1."""
+    error = (image.astype(np.float64) - target) / 255
+    edges = np.abs(np.diff(error, axis=0)).mean() + np.abs(np.diff(error, axis=1)).mean()
+    return float(np.abs(error).mean() + 0.5 * edges)
+
+
+def gain(image: np.ndarray, source: np.ndarray, target: np.ndarray) -> float:
+    """How much of the way from source to target is done, in [0, 1]; `ROUND_TRIP` is not counted."""
+    before, after = pixel_error(source, target), pixel_error(image, target)
+    whole = max(before - ROUND_TRIP, before / 2, 1e-6)
+    return float(np.clip((before - after) / whole, 0, 1))
+
+
+def kept_change(image: np.ndarray, edit: Edit, source: np.ndarray, target: np.ndarray) -> float:
+    """Mean absolute change, of 1, of the pixels that a right answer leaves alone.
+
+    Exact edits: where source and target agree. Scene edits: the landmarks. Where a landmark is
+    added or replaced its place is open, so as many pixels as the true target changes, and half as
+    many again, may change anywhere. Open edits may match source or target, pixel by pixel.
+    """
+    fixed = edit.keep()
+    change = np.abs(image.astype(np.float64) - source).mean(-1) / 255
+    if not edit.exact:
+        change = np.minimum(change, np.abs(image.astype(np.float64) - target).mean(-1) / 255)
+    if edit.exact or edit.category == "scene":
+        values = change[fixed]
+    else:
+        free = int(1.5 * (~fixed).sum())
+        values = np.sort(change, axis=None)[: max(change.size - free, 1)]
+    return float(values.mean()) if len(values) else 0.0
+
+
+def content_change(image: np.ndarray, references: Sequence[np.ndarray]) -> float:
+    """One minus the correlation of 2x2 block means with the nearest of the references."""
+
+    def blocks(x: np.ndarray) -> np.ndarray:
+        h, w, c = x.shape
+        values = x.astype(np.float64).reshape(h // 2, 2, w // 2, 2, c).mean((1, 3)).ravel()
+        values -= values.mean()
+        return values / max(float(np.linalg.norm(values)), 1e-6)
+
+    return max(1 - max(float(blocks(image) @ blocks(r)) for r in references), 0.0)
+
+
+# --- the judge ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The judge; `name` carries the hash of the reader's weights, so scores say who gave them."""
+
+    name: str
+    reader: Reader
+
+    @torch.inference_mode()
+    def look(self, images: np.ndarray, *, batch: int = 64) -> list[Look]:
+        """What is seen in uint8 images [n, h, w, 3]."""
+        looks: list[Look] = []
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            pixels = to_pixels(part).to(memory_format=torch.channels_last)
+            reading = self.reader(pixels)
+            squares = (reading.projection.clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+            noises = flat_noise(part, to_images(reading.projection))
+            probabilities = {n: p.exp().numpy() for n, p in reading.log_probs.items()}
+            looks += [
+                Look({n: p[i] for n, p in probabilities.items()}, float(d) / 2, float(noise))
+                for i, (d, noise) in enumerate(zip(squares.sqrt(), noises, strict=True))
+            ]
+        return looks
+
+    def read(self, images: np.ndarray) -> list[dict[str, str]]:
+        """What is read off each image: the attributes of its category, each with its confidence."""
+        answers = []
+        for look in self.look(images):
+            category = look.read("category")
+            names = [n for n in ATTRIBUTES[category] if n != "word"]
+            if look.read("count") == "no":
+                names = [n for n in names if n not in ("landmark", "colour")]
+            answer = {
+                n: f"{look.read(n)} {look.probabilities[n].max():.0%}" for n in ("category", *names)
+            }
+            if category == "text":
+                sure = min(look.probabilities[p].max() for p in PLACES)
+                answer["word"] = f"{look.read('word')} {sure:.0%}"
+            answers.append(answer)
+        return answers
+
+    def judge_t2i(
+        self, images: np.ndarray, scenes: Sequence[Scene], says: Sequence[Sequence[str]]
+    ) -> list[Judgement]:
+        """Images against the attributes their captions say."""
+        looks = self.look(images)
+        return [judge_picture(k, s, n) for k, s, n in zip(looks, scenes, says, strict=True)]
+
+    def judge_edit(self, images: np.ndarray, edits: Sequence[Edit]) -> list[Judgement]:
+        """Edited images against what had to change and what had to stay."""
+        looks = self.look(images)
+        return [judge_change(k, i, e) for k, i, e in zip(looks, images, edits, strict=True)]
+
+
+def load_oracle(path: Path = READER_WEIGHTS) -> Oracle:
+    """The bundled judge. Raises CheckpointError when its weights are missing or damaged."""
+    reader = load_reader(path)
+    return Oracle(f"lab-oracle-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}", reader)
+
+
+def judge_picture(look: Look, scene: Scene, says: Sequence[str]) -> Judgement:
+    """T2I: the mean of compliance and quality, capped where compliance fails."""
+    credits = {name: credit(look, scene, name) for name in says}
+    rest = [c for name, c in credits.items() if name != "word"]
+    if "word" not in credits:
+        compliance = float(np.mean(rest)) if rest else look.probability("category", scene.category)
+    elif rest:
+        compliance = WORD_WEIGHT * credits["word"] + (1 - WORD_WEIGHT) * float(np.mean(rest))
+    else:
+        compliance = credits["word"]
+    subscores = {"compliance": score_of(compliance), "quality": quality(look)}
+    score = capped(
+        (subscores["compliance"] + subscores["quality"]) / 2, subscores["compliance"], CAP
+    )
+    return Judgement(score, subscores, (*explain(look, scene, says), *explain_quality(look)))
+
+
+def judge_change(look: Look, image: np.ndarray, edit: Edit) -> Judgement:
+    """Edit: the mean of instruction, preservation and quality, capped where the first two fail."""
+    source, target = edit.images()
+    if edit.category in ("style", "enhance"):
+        instruction, preservation, reasons = judge_whole(look, image, edit, source, target)
+    else:
+        instruction, preservation, reasons = judge_parts(look, image, edit, source, target)
+    subscores = {"instruction": instruction, "preservation": preservation, "quality": quality(look)}
+    score = capped(sum(subscores.values()) / 3, instruction, CAP)
+    score = capped(score, preservation, CAP_KEPT)
+    return Judgement(score, subscores, (*reasons, *explain_quality(look)))
+
+
+def judge_whole(
+    look: Look, image: np.ndarray, edit: Edit, source: np.ndarray, target: np.ndarray
+) -> tuple[float, float, list[str]]:
+    """Instruction, preservation and reasons where every pixel may change: style and enhancement."""
+    done = gain(image, source, target)
+    reasons = []
+    if edit.category == "style":
+        read = look.read("style")
+        done = (done + look.probability("style", edit.argument)) / 2
+        if read != edit.argument:
+            reasons.append(f"style: wanted {edit.argument}, read {read}")
+    elif done < 0.75:
+        reasons.append(f"{edit.argument}: {done:.0%} repaired")
+    changed = content_change(image, (source, target))
+    preservation = on_scale(changed, CONTENT)
+    if preservation < 4:
+        reasons.append(f"content changed by {changed:.2f}")
+    return score_of(done), preservation, reasons
+
+
+def judge_parts(
+    look: Look, image: np.ndarray, edit: Edit, source: np.ndarray, target: np.ndarray
+) -> tuple[float, float, list[str]]:
+    """Instruction, preservation and reasons where some attributes change and the others stay."""
+    before, after = edit.before, edit.after
+    asked = [n for n in ATTRIBUTES[after.category] if before[n] != after[n]]
+    stay = [n for n in ATTRIBUTES[after.category] if before[n] == after[n]]
+    if edit.operation == "add":
+        asked, stay = (
+            ["count", "landmark", "colour"],
+            [n for n in stay if n not in ("landmark", "colour")],
+        )
+    if after.category == "landscape" and after["count"] == "no":
+        asked = [n for n in asked if n not in ("landmark", "colour")]
+        stay = [n for n in stay if n not in ("landmark", "colour")]
+    if asked == ["word"]:
+        done, kept_letters = changed_letters(look, before["word"], after["word"])
+    else:
+        done, kept_letters = float(np.mean([credit(look, after, n) for n in asked])), 1.0
+    kept = [credit(look, after, n) for n in stay] + ([kept_letters] if asked == ["word"] else [])
+    change = kept_change(image, edit, source, target)
+    preservation = min(on_scale(change, KEPT), score_of(float(np.mean(kept)) if kept else 1.0))
+    reasons = explain(look, after, [*asked, *stay])
+    if on_scale(change, KEPT) < 4:
+        reasons.append(f"kept parts changed by {change:.2f}")
+    return score_of(done), preservation, reasons
+
+
+def changed_letters(look: Look, before: str, after: str) -> tuple[float, float]:
+    """Share of right letters among those that had to change, and among those that had to stay."""
+    right = {
+        p: look.probability(p, a)
+        for p, a in zip(PLACES, after.ljust(len(PLACES), NO_LETTER), strict=True)
+    }
+    places = zip(PLACES, before.ljust(len(after), NO_LETTER), after, strict=False)
+    changed = {p for p, b, a in places if a != b}
+    stayed = set(PLACES) - changed
+    seen = look.probability("category", "text")
+    return (
+        seen * float(np.mean([right[p] for p in changed])),
+        seen * float(np.mean([right[p] for p in stayed])) if stayed else 1.0,
+    )

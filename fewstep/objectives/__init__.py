@@ -1,0 +1,1 @@
+"""Objectives, one paper a file: pure functions that are handed what the networks said."""

@@ -1,0 +1,311 @@
+"""The distillation loop: exact resume, gradients where they belong, stops on non-finite values."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.data.pools import Pool
+from fewstep.errors import CheckpointError, RunError
+from fewstep.models.cast import make_cast
+from fewstep.models.lab import MMDiT, MMDiTConfig
+from fewstep.recipe.facts import Facts, Machine
+from fewstep.recipe.plan import make_plan
+from fewstep.recipe.schema import Recipe
+from fewstep.train import loop, step
+
+TINY = MMDiTConfig(
+    channels=4, grid=4, patch=2, width=32, depth=2, heads=2, vocabulary=20, max_text=6
+)
+SHAPE = (4, 4, 4)
+
+
+def tiny_model(seed: int) -> MMDiT:
+    torch.manual_seed(seed)
+    model = MMDiT(TINY)
+    for p in model.parameters():  # zero-initialised outputs would make every teacher the same
+        torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+def tiny_pool(task: str, category: str, seed: int, size: int = 24) -> Pool:
+    g = torch.Generator().manual_seed(seed)
+    return Pool(
+        task,
+        category,
+        tuple(f"{category} {i}" for i in range(size)),
+        torch.randint(1, 20, (size, 6), generator=g),
+        torch.randint(2, 7, (size,), generator=g),
+        torch.randn(size, *SHAPE, generator=g).half() if task == "edit" else None,
+    )
+
+
+def tiny_recipe(**changes: object) -> Recipe:
+    values = {
+        "name": "tiny",
+        "seed": 3,
+        "model": {"family": "lab"},
+        "teachers": {
+            name: {
+                "weights": f"bundled:{name}",
+                "tasks": ["t2i", "edit"],
+                "cfg": {"t2i": 3.0, "edit": 2.0},
+            }
+            for name in ("base", "text")
+        },
+        "student": {"init": "base"},
+        "data": {
+            "source": {"kind": "lab"},
+            "pools": {
+                "text": {"task": "t2i", "category": "text", "size": 24},
+                "portrait": {"task": "t2i", "category": "portrait", "size": 24},
+                "object": {"task": "edit", "category": "object", "size": 24},
+            },
+            "composition": {"t2i": {"text": 1, "portrait": 1}, "edit": {"object": 1}},
+            "mixture": {"t2i": 1, "edit": 1},
+        },
+        "guidance": [
+            {
+                "when": {"category": "text"},
+                "weights": [
+                    {"base": 1.0},
+                    {"base": 1.0},
+                    {"base": 0.5, "text": 0.5},
+                    {"text": 1.0},
+                ],
+            },
+            {"weights": [{"base": 1.0}]},
+        ],
+        "objective": {"kind": "dmd", "fake_updates": 2},
+        "optim": {"warmup": 2},
+        "budget": {"updates": 6, "batch": 8, "micro_batch": 4},
+        "log": {"save_every": 3},
+    }
+    return Recipe.model_validate(values | changes)
+
+
+def start(recipe: Recipe) -> loop.Distillation:
+    plan = make_plan(recipe, Machine(), Facts(bundled=frozenset({"base", "text"})))
+    cast = make_cast(tiny_model(0), {"base": tiny_model(0), "text": tiny_model(1)})
+    pools = {
+        name: tiny_pool(pool.task, pool.category, seed)
+        for seed, (name, pool) in enumerate(recipe.data.pools.items())
+    }
+    return loop.Distillation(cast, pools, recipe, plan, SHAPE)
+
+
+def run(d: loop.Distillation, out: Path, *, stop_after: int | None = None) -> None:
+    class Killed(Exception):
+        pass
+
+    def on_step(at: int, _metrics: step.Metrics) -> None:
+        if at == stop_after:
+            raise Killed
+
+    try:
+        loop.distil(d, out, on_step=on_step, on_sample=lambda at: None)
+    except Killed:
+        pass
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, precision: str
+) -> None:
+    recipe = tiny_recipe(precision=precision)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    first = start(recipe)
+    run(first, whole)
+
+    run(start(recipe), killed, stop_after=5)  # the state of update 3 is the last one saved
+    second = start(recipe)
+    loop.resume(second, killed)
+    assert second.step == 3
+    run(second, killed)
+
+    assert same_weights(first.cast.student, second.cast.student)
+    assert same_weights(first.cast.fake, second.cast.fake)
+    assert same_weights(loop.result_of(first), loop.result_of(second))
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+         for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, killed)
+    ]  # fmt: skip
+    assert logs[0] == logs[1]
+    assert [row["step"] for row in logs[1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_needs_every_part_of_the_state(tmp_path: Path) -> None:
+    """Each part matters: leaving any one as it was at the start changes the outcome."""
+    recipe = tiny_recipe(precision="fp32")
+    d = start(recipe)
+    for _ in range(3):
+        loop.train_step(d)
+    state = d.state_dict()
+    state = torch.load(_saved(state, tmp_path), weights_only=True)
+    want = start(recipe)
+    want.load_state_dict(state)
+    loop.train_step(want)
+    for part in (
+        "student",
+        "fake",
+        "student_optimiser",
+        "fake_optimiser",
+        "mixtures",
+        "control",
+        "noise",
+    ):
+        other = start(recipe)
+        other.load_state_dict(state | {part: start(recipe).state_dict()[part]})
+        loop.train_step(other)
+        assert not same_weights(want.cast.student, other.cast.student), part
+
+
+def _saved(state: dict, tmp_path: Path) -> Path:
+    torch.save(state, tmp_path / "state.pt")
+    return tmp_path / "state.pt"
+
+
+def test_a_state_of_other_proportions_is_refused() -> None:
+    d, other = start(tiny_recipe()), start(tiny_recipe())
+    state = d.state_dict()
+    state["mixtures"]["student"]["tasks"]["weights"] = {"t2i": 9, "edit": 1}
+    with pytest.raises(CheckpointError, match="resume with the old ones"):
+        other.load_state_dict(state)
+
+
+def test_only_the_trained_roles_move_and_teachers_never_do() -> None:
+    d = start(tiny_recipe())
+    before = {name: [p.clone() for p in t.parameters()] for name, t in d.cast.teachers.items()}
+    student, fake = (
+        [p.clone() for p in d.cast.student.parameters()],
+        [p.clone() for p in d.cast.fake.parameters()],
+    )
+    loop.train_step(d)
+    for name, teacher in d.cast.teachers.items():
+        assert all(
+            torch.equal(a, b) for a, b in zip(before[name], teacher.parameters(), strict=True)
+        )
+        assert all(p.grad is None for p in teacher.parameters())
+    for old, module in ((student, d.cast.student), (fake, d.cast.fake)):
+        moved = [not torch.equal(a, b) for a, b in zip(old, module.parameters(), strict=True)]
+        assert sum(moved) > 0.9 * len(moved)
+
+
+def test_student_and_fake_losses_reach_only_their_own_network() -> None:
+    d = start(tiny_recipe())
+    batch, k = d.draw("fake")
+    step.update_fake(d.cast, batch, k, d.plan, d.recipe, d.noise).backward()
+    assert all(p.grad is None for p in d.cast.student.parameters())
+    assert any(p.grad is not None for p in d.cast.fake.parameters())
+    d.cast.fake.zero_grad(set_to_none=True)
+    batch, k = d.draw("student")
+    loss, _ = step.update_student(d.cast, batch, k, d.plan, d.recipe, d.noise)
+    loss.backward()
+    assert all(p.grad is None for p in d.cast.fake.parameters())
+    assert any(p.grad is not None for p in d.cast.student.parameters())
+
+
+def test_the_student_gradient_is_independent_of_autocast_history() -> None:
+    """A bf16 weight cast made without gradient must not be reused where the gradient is needed."""
+    grads = []
+    for k in (0, 3):
+        d = start(tiny_recipe())
+        batch, _ = d.draw("student")
+        with loop.mixed_precision(d):
+            loss, _ = step.update_student(d.cast, batch, k, d.plan, d.recipe, d.noise)
+        loss.backward()
+        grads.append(
+            [p.grad is not None and bool(p.grad.any()) for p in d.cast.student.blocks.parameters()]
+        )
+    assert all(grads[0]) and all(grads[1])
+
+
+def test_shares_of_the_teachers_follow_lambda() -> None:
+    """Where two equal teachers guide with 1/2 each, each pulls half; a lone teacher pulls all."""
+    recipe = tiny_recipe()
+    plan = make_plan(recipe, Machine(), Facts(bundled=frozenset({"base", "text"})))
+    cast = make_cast(tiny_model(0), {"base": tiny_model(5), "text": tiny_model(5)})
+    pools = {n: tiny_pool(p.task, p.category, 1) for n, p in recipe.data.pools.items()}
+    d = loop.Distillation(cast, pools, recipe, plan, SHAPE)
+    while (batch := d.draw("student")[0]).task != "t2i":
+        pass
+    only_text = type(batch)(batch.task, ("text",) * len(batch), batch.cond, batch.shape)
+    _, metrics = step.update_student(cast, only_text, 2, plan, recipe, d.noise)
+    assert metrics["share/base"] == pytest.approx(0.5) and metrics["share/text"] == pytest.approx(
+        0.5
+    )
+    _, metrics = step.update_student(cast, only_text, 3, plan, recipe, d.noise)
+    assert metrics["share/text"] == pytest.approx(1.0) and "share/base" not in metrics
+
+
+def test_drawn_samples_meet_the_planned_quotas_exactly() -> None:
+    d = start(tiny_recipe())
+    tasks: dict[str, int] = {}
+    categories: dict[str, int] = {}
+    for _ in range(d.plan.updates * d.plan.batch.accumulation):
+        batch, _ = d.draw("student")
+        tasks[batch.task] = tasks.get(batch.task, 0) + len(batch)
+        for category in batch.categories:
+            categories[category] = categories.get(category, 0) + 1
+    assert tasks == {quota.task: quota.samples for quota in d.plan.tasks}
+    assert categories == {quota.category: quota.samples for quota in d.plan.pools}
+
+
+def test_a_value_that_is_not_finite_stops_before_anything_is_updated(tmp_path: Path) -> None:
+    d = start(tiny_recipe())
+    with torch.no_grad():
+        d.cast.teachers["base"].image_out.bias.fill_(float("nan"))
+    before = [p.clone() for p in d.cast.student.parameters()]
+    with pytest.raises(RunError, match="score difference is not finite.*last checkpoint is kept"):
+        run(d, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, d.cast.student.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_names_the_tensor() -> None:
+    d = start(tiny_recipe())
+    loss, _ = step.update_student(d.cast, d.draw("student")[0], 0, d.plan, d.recipe, d.noise)
+    loss.backward()
+    grad = d.cast.student.blocks[1].up.weight.grad
+    assert grad is not None
+    grad[0, 0] = float("inf")
+    with pytest.raises(RunError, match=r"student\.blocks\.1\.up\.weight is not finite"):
+        step.apply_gradients(
+            d.cast.student, d.student_optimiser, d.recipe.optim.student, 1e-4, "student"
+        )
+
+
+def test_accumulation_averages_the_micro_batches() -> None:
+    """Twice the same micro-batch gives the gradient of one."""
+    d = start(tiny_recipe(precision="fp32"))
+    batch, k = d.draw("student")
+    grads = []
+    for parts in (1, 2):
+        d.cast.student.zero_grad(set_to_none=True)
+        for _ in range(parts):
+            noise = torch.Generator().manual_seed(9)
+            loss, _ = step.update_student(d.cast, batch, k, d.plan, d.recipe, noise)
+            (loss / parts).backward()
+        grads.append([p.grad.clone() for p in d.cast.student.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_the_anchor_pulls_the_first_step_alone() -> None:
+    objective = {"kind": "dmd", "fake_updates": 1, "anchor": {"weight": 1.0, "steps": 2, "of": 8}}
+    d = start(tiny_recipe(objective=objective))
+    batch, _ = d.draw("student")
+    logged = [
+        "loss/anchor" in step.update_student(d.cast, batch, k, d.plan, d.recipe, d.noise)[1]
+        for k in range(4)
+    ]
+    assert logged == [True, False, False, False]
