@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from fewstep.core.types import Condition
+from fewstep.core.types import Condition, Task
 from fewstep.data.pools import Pool
 
 Images = np.ndarray
@@ -22,7 +22,7 @@ class Case:
     """One thing to draw and judge. `seed` makes the starting noise, the same for every model."""
 
     id: str
-    task: str
+    task: Task
     category: str
     prompt: str
     seed: int
@@ -59,7 +59,7 @@ class Domain(Protocol):
     @property
     def judge_name(self) -> str: ...
 
-    def pool(self, category: str, size: int, seed: int, *, task: str, targets: bool) -> Pool:
+    def pool(self, category: str, size: int, seed: int, *, task: Task, targets: bool) -> Pool:
         """Training prompts of a category; `targets` adds the latents that teachers train on."""
         ...
 
@@ -68,7 +68,7 @@ class Domain(Protocol):
     def decode(self, latents: Tensor) -> Images: ...
 
     def cases(
-        self, task: str, category: str, count: int, seed: int, *, evaluation: bool = True
+        self, task: Task, category: str, count: int, seed: int, *, evaluation: bool = True
     ) -> list[Case]: ...
 
     def judge(self, images: Images, cases: Sequence[Case]) -> list[Verdict]: ...

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fewstep.core.types import Condition
+from fewstep.core.types import Condition, Task
 from fewstep.domain import Domain
 from fewstep.errors import CheckpointError, DataError, RecipeError, RunError, did_you_mean
 from fewstep.evals.grid import grid
@@ -38,7 +38,7 @@ from fewstep.train import loop
 from fewstep.train import teach as teaching
 
 console = Console()
-Sampler = Callable[[Tensor, Condition, str], Tensor]
+Sampler = Callable[[Tensor, Condition, Task], Tensor]
 """(noise, condition, task) -> latents"""
 
 
@@ -241,10 +241,10 @@ def student_sampler(model: MMDiT, grid: tuple[float, ...], precision: str) -> Sa
 
 
 def teacher_sampler(
-    model: MMDiT, cfg: Mapping[str, float], grid: tuple[float, ...], precision: str
+    model: MMDiT, cfg: Mapping[Task, float], grid: tuple[float, ...], precision: str
 ) -> Sampler:
     @torch.inference_mode()
-    def draw(noise: Tensor, cond: Condition, task: str) -> Tensor:
+    def draw(noise: Tensor, cond: Condition, task: Task) -> Tensor:
         def guided(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
             return classifier_free(model, x_t, t, c, cfg[task])
 
@@ -255,7 +255,7 @@ def teacher_sampler(
     return draw
 
 
-def evaluations(teacher: Teacher, steps: int) -> dict[str, int]:
+def evaluations(teacher: Teacher, steps: int) -> dict[Task, int]:
     return {task: steps * (1 if teacher.cfg[task] == 1 else 2) for task in teacher.cfg}
 
 
@@ -490,7 +490,7 @@ def open_domain(source: Source) -> Domain:
     return LabDomain()
 
 
-def categories_of(recipe: Recipe) -> dict[str, str]:
+def categories_of(recipe: Recipe) -> dict[str, Task]:
     """Category to task, for evaluation: every category of the recipe's pools, in their order."""
     return {pool.category: pool.task for pool in recipe.data.pools.values()}
 

@@ -1,10 +1,11 @@
 """Break one line at a time and see a test fail: `python tools/breakages.py [--only NAME]`.
 
 Works on a copy of the package and the tests in a temporary folder. Each breakage names the one test
-that must fail under it and pass without it. A new one is one more row in BREAKAGES.
+that must fail under it and pass without it. A new one is one more row in BREAKAGES, then
+`--document` to put it into the table of docs/numerics.md.
 
-Exit code 1 if a breakage survives, its line is no longer found exactly once, or its test does not
-pass on the unbroken code. --only also shows how the test fails.
+Exit code 1 if a breakage survives, its line is no longer found exactly once, its test does not pass
+on the unbroken code, or that table is out of date. --only also shows how the test fails.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/numerics/"
+DOCUMENT = ROOT / "docs" / "numerics.md"
+HEADER = "| breakage | file | line | becomes | caught by |\n|---|---|---|---|---|\n"
 SECONDS = 60  # a broken loop must not hold up the rest
 
 
@@ -377,7 +380,15 @@ BREAKAGES = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", metavar="NAME", help="just this breakage")
-    only = parser.parse_args().only
+    parser.add_argument("--document", action="store_true", help="write the table and stop")
+    arguments = parser.parse_args()
+    only = arguments.only
+    if arguments.document:
+        DOCUMENT.write_text(documented())
+        return 0
+    if DOCUMENT.read_text() != documented():
+        print("the table in docs/numerics.md is out of date: python tools/breakages.py --document")
+        return 1
     chosen = [b for b in BREAKAGES if only in (None, b.name)]
     if not chosen:
         parser.error(f"no breakage {only!r}; there are {', '.join(b.name for b in BREAKAGES)}")
@@ -406,6 +417,15 @@ def main() -> int:
             print(line if caught[-1] and not only else f"{line}\n{output}", flush=True)
     print(f"\n{sum(caught)} of {len(caught)} caught in {time.monotonic() - begun:.0f} s")
     return 0 if all(caught) else 1
+
+
+def documented() -> str:
+    """docs/numerics.md with the table of breakages, which ends it, as it should be."""
+    rows = [
+        f"| {b.name} | `{b.file}` | `{b.line}` | `{b.broken}` | `{b.test.replace('::', '` `')}` |\n"
+        for b in BREAKAGES
+    ]
+    return DOCUMENT.read_text().split(HEADER)[0] + HEADER + "".join(rows)
 
 
 def verdict(processes: ForkServerContext, copy: Path, breakage: Breakage) -> tuple[str, str]:

@@ -1,11 +1,13 @@
 """What algorithms know of models and data: a denoiser, a condition, a batch."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+Task = Literal["t2i", "edit"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Denoiser(Protocol):
 class Batch:
     """One micro-batch: a single task, a category for each sample, and their conditions."""
 
-    task: str
+    task: Task
     categories: tuple[str, ...]
     cond: Condition
     shape: tuple[int, ...]  # of one sample's state, without the batch axis

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.core.types import Condition
+from fewstep.core.types import Condition, Task
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Pool:
     lengths. `source` (edits) and `target` (teacher training) are latents [n, c, h, w] in float16.
     """
 
-    task: str
+    task: Task
     category: str
     prompts: tuple[str, ...]
     text: Tensor

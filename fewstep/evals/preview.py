@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.core.types import Condition
+from fewstep.core.types import Condition, Task
 from fewstep.domain import Case, Domain
 from fewstep.evals.grid import grid
 from fewstep.evals.runner import noise_of
@@ -17,7 +17,7 @@ class Preview:
     """Cases and noise never change, so grids of different moments can be compared."""
 
     def __init__(
-        self, domain: Domain, categories: Mapping[str, str], per_category: int, seed: int
+        self, domain: Domain, categories: Mapping[str, Task], per_category: int, seed: int
     ) -> None:
         self.domain = domain
         self.rows: list[tuple[list[Case], Condition, Tensor]] = []
@@ -27,7 +27,7 @@ class Preview:
                               noise_of(cases, domain.sample_shape)))  # fmt: skip
 
     @torch.inference_mode()
-    def draw(self, sampler: Callable[[Tensor, Condition, str], Tensor]) -> Image.Image:
+    def draw(self, sampler: Callable[[Tensor, Condition, Task], Tensor]) -> Image.Image:
         """For edits each result stands to the right of its source."""
         lines, labels = [], []
         for cases, cond, noise in self.rows:

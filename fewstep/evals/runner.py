@@ -1,7 +1,7 @@
 """Draw every case with every contestant, judge it and log a row: interrupted work is kept and skipped next time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.core.types import Condition
+from fewstep.core.types import Condition, Task
 from fewstep.domain import Case, Domain, Verdict
 from fewstep.evals.rows import Row, RowKey, RowWriter
 
@@ -20,8 +20,8 @@ class Contestant:
     """A model with its way of sampling: (noise, condition, task) -> latents."""
 
     name: str
-    nfe: dict[str, int]
-    draw: Callable[[Tensor, Condition, str], Tensor]
+    nfe: Mapping[Task, int]
+    draw: Callable[[Tensor, Condition, Task], Tensor]
 
 
 def noise_of(cases: Sequence[Case], shape: tuple[int, ...]) -> Tensor:
@@ -96,12 +96,12 @@ def _row(
     return Row(
         model=contestant.name,
         nfe=contestant.nfe[case.task],
-        task="edit" if case.task == "edit" else "t2i",
+        task=case.task,
         category=case.category,
         case=case.id,
         prompt=case.prompt,
         seed=case.seed,
-        image=_save(image, out, f"{contestant.name}/{case.id}"),
+        image=_save(image, out, f"{contestant.name}/{case.id}-{case.seed}"),
         source=None if case.source is None else _save(case.source, out, f"source/{case.id}"),
         target=None if case.target is None else _save(case.target, out, f"target/{case.id}"),
         score=verdict.score,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.types import Condition
+from fewstep.core.types import Condition, Task
 from fewstep.data.pools import Pool, pad_tokens
 from fewstep.domain import Case, Images, Verdict
 from fewstep.lab import grammar
@@ -42,7 +42,7 @@ class LabDomain:
     def judge_name(self) -> str:
         return self.oracle.name
 
-    def pool(self, category: str, size: int, seed: int, *, task: str, targets: bool) -> Pool:
+    def pool(self, category: str, size: int, seed: int, *, task: Task, targets: bool) -> Pool:
         pool = make_pool(category, size, seed, self.autoencoder, targets=targets)
         assert pool.task == task, (category, task)
         return pool
@@ -59,7 +59,7 @@ class LabDomain:
             return to_images(self.autoencoder.decode(latents.float().cpu()))
 
     def cases(
-        self, task: str, category: str, count: int, seed: int, *, evaluation: bool = True
+        self, task: Task, category: str, count: int, seed: int, *, evaluation: bool = True
     ) -> list[Case]:
         """`count` cases of a category; case i is the same whatever `count` is."""
         rng = np.random.default_rng([seed, sum(category.encode())])

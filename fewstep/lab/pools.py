@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.core.types import Task
 from fewstep.data.pools import Pool, pad_tokens
 from fewstep.lab import grammar
 from fewstep.lab.edits import EDIT_CATEGORIES, Edit, sample_edit
@@ -16,7 +17,7 @@ from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.lab import load_weights
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
-TASK_OF: Final = {**dict.fromkeys(CATEGORIES, "t2i"), **dict.fromkeys(EDIT_CATEGORIES, "edit")}
+TASK_OF: Final[dict[str, Task]] = {**dict.fromkeys(CATEGORIES, "t2i"), **dict.fromkeys(EDIT_CATEGORIES, "edit")}
 
 
 def load_autoencoder() -> Autoencoder:

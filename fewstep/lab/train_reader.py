@@ -197,11 +197,12 @@ def train(minutes: float, out: Path, *, seed: int, batch: int, rate: float) -> N
         step += 1
         if step % 200 == 0 or share == 1:
             seconds = time.perf_counter() - start
+            untouched = reconstruction_loss(seen, clean)
             print(
                 f"{seconds:5.0f} s  {step * batch / 1000:6.1f}k images  "
                 f"reading {read.item():.3f}  letters {found.item():.3f}  "
                 f"redrawing {redrawn.item():.4f} "
-                f"of {reconstruction_loss(seen, clean).item():.4f}  {step * batch / seconds:.0f} images/s",
+                f"of {untouched.item():.4f}  {step * batch / seconds:.0f} images/s",
                 flush=True,
             )
             if step % 800 == 0 or share == 1:

@@ -71,7 +71,7 @@ def loading(path: Path, *, what: str) -> Iterator[None]:
 
 
 def refuse_missing(path: Path, missing: list[str], *, what: str) -> None:
-    """diffusers and transformers give a weight that is not in the file random values; refuse that."""
+    """Both libraries give a weight that is not in the file random values; refuse that."""
     if missing:
         shown = ", ".join(sorted(missing)[:3])
         raise DataError(

@@ -25,7 +25,7 @@ class TextEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, max_tokens: int) -> None:
         self.name, self.max_tokens = name, max_tokens
-        self.model = model.train().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.width: int = model.config.hidden_size
 

@@ -76,7 +76,7 @@ class Distillation:
         cond, _ = gather(pools, draw.indices.tolist())
         k = int(torch.randint(len(self.plan.grid), (), generator=self.control))
         device = next(self.cast.student.parameters()).device
-        return Batch(draw.task, tuple(p.category for p in pools), cond.to(device), self.shape), k
+        return Batch(pools[0].task, tuple(p.category for p in pools), cond.to(device), self.shape), k
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -119,24 +119,22 @@ def train_step(d: Distillation) -> Metrics:
     """One student update with its fake-score updates; returns what happened."""
     recipe, plan, cast = d.recipe, d.plan, d.cast
     rows: list[Metrics] = []
+    parts = plan.batch.accumulation
+    fake_lr = warmed(recipe.optim.fake.lr, d.step, recipe.optim.warmup)
     for _ in range(recipe.objective.fake_updates):
-        batch, k = d.draw("fake")
-        with mixed_precision(d):
-            loss = update_fake(cast, batch, k, plan, recipe, d.noise)
-        loss.backward()
-        lr = warmed(recipe.optim.fake.lr, d.step, recipe.optim.warmup)
-        norm = apply_gradients(cast.fake, d.fake_optimiser, recipe.optim.fake, lr, "fake")
-        row = {
-            "loss/fake": loss.item(),
-            f"loss/fake/{batch.task}": loss.item(),
-            "grad_norm/fake": norm,
-        }
-        rows.append(row)
-    for _ in range(plan.batch.accumulation):
+        for _ in range(parts):
+            batch, k = d.draw("fake")
+            with mixed_precision(d):
+                loss = update_fake(cast, batch, k, plan, recipe, d.noise)
+            (loss / parts).backward()
+            rows.append({"loss/fake": loss.item(), f"loss/fake/{batch.task}": loss.item()})
+        norm = apply_gradients(cast.fake, d.fake_optimiser, recipe.optim.fake, fake_lr, "fake")
+        rows.append({"grad_norm/fake": norm})
+    for _ in range(parts):
         batch, k = d.draw("student")
         with mixed_precision(d):
             loss, metrics = update_student(cast, batch, k, plan, recipe, d.noise)
-        (loss / plan.batch.accumulation).backward()
+        (loss / parts).backward()
         rows.append(metrics)
     lr = warmed(recipe.optim.student.lr, d.step, recipe.optim.warmup)
     norm = apply_gradients(cast.student, d.student_optimiser, recipe.optim.student, lr, "student")
