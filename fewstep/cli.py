@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fewstep.errors import FewstepError, Interrupted, RecipeError
+from fewstep.errors import DiskError, FewstepError, Interrupted, RecipeError
 
 
 class Commands(TyperGroup):
@@ -35,6 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+lab = typer.Typer(help="The bundled lab.", no_args_is_help=True)
+app.add_typer(lab, name="lab")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, see recipes/.")]
 Overrides = Annotated[
@@ -136,7 +138,8 @@ def evaluate(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run 
     """Score student and teachers on the evaluation split."""
     from fewstep import run
 
-    run.evaluate(run_dir)
+    with keeping_rows(run_dir):
+        run.evaluate(run_dir)
 
 
 @app.command()
@@ -145,6 +148,14 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run fo
     from fewstep import run
 
     run.report(run_dir)
+
+
+@lab.command()
+def words() -> None:
+    """Print the words that prompts of the lab may use."""
+    from fewstep import run
+
+    run.lab_words()
 
 
 def main() -> None:
@@ -163,19 +174,24 @@ def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
             raise
         return _complain(str(error), error.exit_code)
     except OSError as error:
-        if debug or error.errno not in _DISK:
+        if debug or error.errno not in _DISK | _FORBIDDEN:
             raise
+        if error.errno in _FORBIDDEN:
+            return _complain(f"{error.filename}: {_FORBIDDEN[error.errno]}", FewstepError.exit_code)
         file = f" while writing {error.filename}" if error.filename else ""
-        hint = "; what was saved before is intact: free some space and use --resume"
-        return _complain(_DISK[error.errno] + file + hint, DISK_FULL)
+        hint = "; what was saved before is intact: make room and use --resume"
+        return _complain(_DISK[error.errno] + file + hint, DiskError.exit_code)
     return 0
 
-
-DISK_FULL = 6
 
 _DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "your disk quota is used up",
+    errno.EFBIG: "a file reached the size limit (`ulimit -f`)",
+}
+_FORBIDDEN = {
+    errno.EACCES: "you may not open it; choose another place, or change its permissions",
+    errno.EROFS: "lies on a disk that can only be read; choose another place",
 }
 
 
@@ -190,12 +206,24 @@ def keeping_state(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        last = out / "checkpoints" / "last"
-        if last.exists():
-            message = f"stopped by you; state kept in {last}, go on with --resume"
+        states = [out / "checkpoints" / name for name in ("last.pt", "previous.pt")]
+        kept = next((state for state in states if state.exists()), None)
+        if kept is not None:
+            message = f"stopped by you; state kept in {kept}, go on with --resume"
         else:
             message = f"stopped by you before the first checkpoint; nothing to resume in {out}"
         raise Interrupted(message) from None
+
+
+@contextmanager
+def keeping_rows(run_dir: Path) -> Iterator[None]:
+    """Ctrl-C during an evaluation says that what is scored stays scored."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped by you; what is scored is kept, `fewstep eval {run_dir}` goes on"
+        ) from None
 
 
 def parse_overrides(overrides: list[str] | None) -> dict[str, str]:

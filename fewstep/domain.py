@@ -5,7 +5,7 @@ Two worlds answer: `lab.domain` (procedural, exact truth) and `data.domain` (a f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's word on one image: 1-5, sub-scores, reasons; `unscored` says why there is no score."""
+    """A judge's word on one image: 1-5, sub-scores, reasons; `unscored` says why it has none."""
 
     score: float | None
     subscores: dict[str, float]
@@ -41,6 +41,7 @@ class Verdict:
     unscored: str = ""
 
 
+@runtime_checkable
 class Domain(Protocol):
     @property
     def sample_shape(self) -> tuple[int, int, int]:

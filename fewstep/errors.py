@@ -36,6 +36,12 @@ class CheckpointError(FewstepError):
     exit_code = 4
 
 
+class DiskError(CheckpointError):
+    """A checkpoint could not be written: the disk is full, or the folder may not be written."""
+
+    exit_code = 6
+
+
 class RunError(FewstepError):
     """A run had to stop: a value that is not finite, or a run folder in the wrong state."""
 

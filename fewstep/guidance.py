@@ -1,4 +1,4 @@
-"""Classifier-free guidance and the paper's step-wise multi-teacher real score (arXiv 2606.03746 eq. 5-6)."""
+"""Classifier-free guidance, and the real score of several teachers (arXiv 2606.03746 eq. 5-6)."""
 
 from collections.abc import Mapping, Sequence
 

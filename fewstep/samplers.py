@@ -16,16 +16,16 @@ Guided = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 def shifted_grid(steps: int, shift: float) -> tuple[float, ...]:
-    """Times t_0 = 1 > ... > t_{K-1} > 0 of a K-step sampler with static shift; the final 0 is implied.
+    """Times t_0 = 1 > ... > t_{K-1} > 0 of a K-step sampler with static shift; a last 0 is implied.
 
-    Shift 3 with 4 steps gives 1, 0.9, 0.75, 0.5: the grid of the published 4-step Qwen-Image students.
+    Shift 3 with 4 steps gives 1, 0.9, 0.75, 0.5: the grid of published 4-step Qwen-Image students.
     """
     uniform = [1 - i / steps for i in range(steps)]
     return tuple(shift * t / (1 + (shift - 1) * t) for t in uniform)
 
 
 def sample(denoise: Guided, noise: Tensor, cond: Condition, grid: Sequence[float]) -> Tensor:
-    """Integrate from t = grid[0] to 0 with Euler steps, starting at `noise` [b, ...]; returns x_0 float32.
+    """Integrate from t = grid[0] to 0 with Euler steps, starting at `noise` [b, ...]; float32.
 
     Evaluation k happens at grid[k]; the last step returns the network's x_0 itself.
     """

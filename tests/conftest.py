@@ -1,9 +1,13 @@
-"""Checks every jaxtyping shape and annotation of the package while tests run."""
+"""Checks every jaxtyping shape and annotation of the package while tests run.
 
+An int may stand where a float is annotated, as type checkers have it (PEP 484).
+"""
+
+import torch
 from jaxtyping import install_import_hook
 
-install_import_hook("fewstep", "beartype.beartype")
-
-import torch  # noqa: E402
+import tests.typecheck
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
+
+install_import_hook("fewstep", f"{tests.typecheck.__name__}.checked")

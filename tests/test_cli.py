@@ -184,8 +184,9 @@ def test_an_interrupted_run_says_where_its_state_is(tmp_path: Path):
 
     with pytest.raises(Interrupted, match="before the first checkpoint; nothing to resume in"):
         interrupt()
-    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
-    with pytest.raises(Interrupted, match=r"state kept in .*checkpoints/last, go on with --resume"):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.pt").touch()
+    with pytest.raises(Interrupted, match=r"state kept in .*/last\.pt, go on with --resume"):
         interrupt()
 
 

@@ -1,11 +1,13 @@
 """The distillation loop: exact resume, gradients where they belong, stops on non-finite values."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from fewstep.core.types import Task
 from fewstep.data.pools import Pool
 from fewstep.errors import CheckpointError, RunError
 from fewstep.models.cast import make_cast
@@ -13,7 +15,7 @@ from fewstep.models.lab import MMDiT, MMDiTConfig
 from fewstep.recipe.facts import Facts, Machine
 from fewstep.recipe.plan import make_plan
 from fewstep.recipe.schema import Recipe
-from fewstep.train import loop, step
+from fewstep.train import checkpoint, loop, step
 
 TINY = MMDiTConfig(
     channels=4, grid=4, patch=2, width=32, depth=2, heads=2, vocabulary=20, max_text=6
@@ -29,7 +31,7 @@ def tiny_model(seed: int) -> MMDiT:
     return model
 
 
-def tiny_pool(task: str, category: str, seed: int, size: int = 24) -> Pool:
+def tiny_pool(task: Task, category: str, seed: int, size: int = 24) -> Pool:
     g = torch.Generator().manual_seed(seed)
     return Pool(
         task,
@@ -103,10 +105,14 @@ def run(d: loop.Distillation, out: Path, *, stop_after: int | None = None) -> No
         if at == stop_after:
             raise Killed
 
-    try:
+    with contextlib.suppress(Killed):
         loop.distil(d, out, on_step=on_step, on_sample=lambda at: None)
-    except Killed:
-        pass
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """Without the seconds, which no two runs share."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -122,7 +128,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     recipe = tiny_recipe(precision=precision)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
+    whole.mkdir()
+    killed.mkdir()
     first = start(recipe)
     run(first, whole)
 
@@ -135,11 +142,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert same_weights(first.cast.student, second.cast.student)
     assert same_weights(first.cast.fake, second.cast.fake)
     assert same_weights(loop.result_of(first), loop.result_of(second))
-    logs = [
-        [{k: v for k, v in json.loads(line).items() if k != "seconds"}
-         for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (whole, killed)
-    ]  # fmt: skip
+    logs = [metrics_of(whole), metrics_of(killed)]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4, 5, 6]
 
@@ -181,6 +184,30 @@ def test_a_state_of_other_proportions_is_refused() -> None:
     state["mixtures"]["student"]["tasks"]["weights"] = {"t2i": 9, "edit": 1}
     with pytest.raises(CheckpointError, match="resume with the old ones"):
         other.load_state_dict(state)
+
+
+def test_a_state_of_another_recipe_is_refused_and_nothing_is_loaded() -> None:
+    d, other = start(tiny_recipe()), start(tiny_recipe(seed=4))
+    loop.train_step(d)
+    with pytest.raises(CheckpointError, match="made by another recipe"):
+        other.load_state_dict(d.state_dict())
+    assert other.step == 0 and not same_weights(d.cast.student, other.cast.student)
+
+
+@pytest.mark.parametrize("lost", ["cut", "missing"])
+def test_the_state_before_the_last_one_takes_its_place(tmp_path: Path, lost: str) -> None:
+    run(start(tiny_recipe()), tmp_path)  # saves the updates 3 and 6
+    last = tmp_path / checkpoint.LAST
+    if lost == "cut":
+        last.write_bytes(last.read_bytes()[:1000])
+    else:
+        last.unlink()
+    d = start(tiny_recipe())
+    notice = loop.resume(d, tmp_path)
+    assert d.step == 3 and "going on from the one before it" in notice
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2, 3]
+    run(d, tmp_path)
+    assert loop.resume(start(tiny_recipe()), tmp_path) == ""
 
 
 def test_only_the_trained_roles_move_and_teachers_never_do() -> None:
@@ -266,7 +293,7 @@ def test_a_value_that_is_not_finite_stops_before_anything_is_updated(tmp_path: P
     with torch.no_grad():
         d.cast.teachers["base"].image_out.bias.fill_(float("nan"))
     before = [p.clone() for p in d.cast.student.parameters()]
-    with pytest.raises(RunError, match="score difference is not finite.*last checkpoint is kept"):
+    with pytest.raises(RunError, match=r"score difference is not finite.*last checkpoint is kept"):
         run(d, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, d.cast.student.parameters(), strict=True))
 
@@ -275,7 +302,7 @@ def test_a_gradient_that_is_not_finite_names_the_tensor() -> None:
     d = start(tiny_recipe())
     loss, _ = step.update_student(d.cast, d.draw("student")[0], 0, d.plan, d.recipe, d.noise)
     loss.backward()
-    grad = d.cast.student.blocks[1].up.weight.grad
+    grad = dict(d.cast.student.named_parameters())["blocks.1.up.weight"].grad
     assert grad is not None
     grad[0, 0] = float("inf")
     with pytest.raises(RunError, match=r"student\.blocks\.1\.up\.weight is not finite"):

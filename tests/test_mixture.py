@@ -10,6 +10,7 @@ import pytest
 
 from fewstep.data.mixture import Mixture, PoolCursor, Quota
 from fewstep.errors import CheckpointError, RecipeError
+from fewstep.recipe.schema import Task
 
 
 def worst_deviation(weights: tuple[float, ...], draws: int) -> Fraction:
@@ -132,8 +133,8 @@ def test_mixture_is_exact_by_task_and_pool_and_visits_pools_evenly() -> None:
 
 
 def test_pools_of_one_name_in_two_tasks_have_their_own_order_and_seeds_matter() -> None:
-    weights = {"t2i": {"portrait": 1}, "edit": {"portrait": 1}}
-    sizes = {"t2i": {"portrait": 50}, "edit": {"portrait": 50}}
+    weights: dict[Task, dict[str, int | float]] = {"t2i": {"portrait": 1}, "edit": {"portrait": 1}}
+    sizes: dict[Task, dict[str, int]] = {"t2i": {"portrait": 50}, "edit": {"portrait": 50}}
     mixture = Mixture({"t2i": 1, "edit": 1}, weights, sizes, seed=0)
     first, second = mixture.next(50), mixture.next(50)
     assert {first.task, second.task} == {"t2i", "edit"}

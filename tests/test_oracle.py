@@ -14,7 +14,7 @@ from fewstep.lab.oracle_validation import attribute_errors, rank_edit, rank_t2i
 from fewstep.lab.world import ATTRIBUTES, CATEGORIES, Scene, render, sample_scene
 
 SEED = 7
-COUNT = 24  # cases a category and control
+COUNT = 20  # cases a category and control
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,23 @@ def everything(scene: Scene) -> tuple[str, ...]:
     return tuple(ATTRIBUTES[scene.category])
 
 
+def test_each_attribute_is_read_on_held_out_renders(oracle: Oracle) -> None:
+    count = 200
+    errors = attribute_errors(oracle, count, SEED)
+    errors.pop("word")  # all letters at once
+    print(errors)
+    # two standard deviations above 1 percent: what `count` cases can tell
+    allowed = 0.01 + 2 * (0.01 * 0.99 / count) ** 0.5
+    assert not {name: share for name, share in errors.items() if share > allowed}
+
+
+@pytest.mark.slow
 def test_each_attribute_is_misread_on_at_most_one_percent_of_held_out_renders(
     oracle: Oracle,
 ) -> None:
-    errors = attribute_errors(oracle, 250, SEED)
-    errors.pop("word")  # all letters at once
-    bad = {name: share for name, share in errors.items() if share > 0.01}
-    print(errors)
-    assert not bad
+    errors = attribute_errors(oracle, 2000, SEED)
+    errors.pop("word")
+    assert not {name: share for name, share in errors.items() if share > 0.01}
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -59,8 +68,11 @@ def test_pictures_rank_original_round_trip_mild_strong(oracle: Oracle, category:
     noisy = [s[name].score for name in ("original", "noise 2", "noise 4", "noise 8", "noise 16")]
     assert noisy == sorted(noisy, reverse=True)
     assert len(set(noisy)) == 5
-    assert s["wrong caption"].score <= 3.3
+    assert s["wrong caption"].score <= 2.8  # some attributes are right by chance
     assert s["mean image"].score <= 2
+    if category == "text":
+        assert s["swapped letters"].score <= 3.9
+        assert s["swapped letters"].hits >= 0.95
     for control in ("wrong caption", "mean image", "blur, strong", "JPEG, strong", "noise 8"):
         assert s[control].hits >= 0.95
 
@@ -75,9 +87,10 @@ def test_edits_rank_target_above_untouched_source_and_other_pictures(
     assert s["round trip"].score >= 4.4
     assert s["untouched source"].score <= 2.2
     assert s["untouched source"].subscores["preservation"] >= 4.7
-    assert s["other picture"].score <= 3.5
+    # a scene edit of an empty landscape has nothing to keep
+    assert s["other picture"].score <= (3.7 if category == "scene" else 3.4)
     for control in ("untouched source", "other picture", "generator errors, strong", "noise 8"):
-        assert s[control].hits >= 0.95
+        assert s[control].hits >= 0.9
 
 
 def test_a_wrong_caption_lowers_compliance_and_not_quality(oracle: Oracle) -> None:
@@ -85,9 +98,13 @@ def test_a_wrong_caption_lowers_compliance_and_not_quality(oracle: Oracle) -> No
     others = [scenes[-1], *scenes[:-1]]
     right = oracle.judge_t2i(images, scenes, [everything(s) for s in scenes])
     wrong = oracle.judge_t2i(images, others, [everything(s) for s in scenes])
-    for a, b in zip(right, wrong, strict=True):
-        assert a.subscores["quality"] == b.subscores["quality"]
-        assert a.subscores["compliance"] > b.subscores["compliance"] + 0.5
+    assert [j.subscores["quality"] for j in right] == [j.subscores["quality"] for j in wrong]
+    drops = [
+        a.subscores["compliance"] - b.subscores["compliance"]
+        for a, b in zip(right, wrong, strict=True)
+    ]
+    assert min(drops) > 0.4
+    assert np.mean(drops) > 2
 
 
 def test_noise_lowers_quality_and_hardly_compliance(oracle: Oracle) -> None:
@@ -142,11 +159,10 @@ def test_damage_outside_the_edit_lowers_preservation_and_not_instruction(oracle:
 
 
 @pytest.mark.parametrize("sigma", [2.0, 6.0, 12.0])
-def test_flat_noise_is_the_sigma_of_the_noise(sigma: float) -> None:
-    flat = np.full((8, 32, 32, 3), 128, np.uint8)
-    noisy = add_noise(flat, sigma, np.random.default_rng(SEED))
-    # the flattest quarter is chosen by the projection, so noise does not bias it
-    assert flat_noise(noisy, flat) == pytest.approx(np.full(8, sigma), rel=0.2)
+def test_flat_noise_follows_the_sigma_of_the_noise(sigma: float) -> None:
+    noisy = add_noise(np.full((8, 32, 32, 3), 128, np.uint8), sigma, np.random.default_rng(SEED))
+    assert flat_noise(noisy, np.full((8, 64), 1.0)) == pytest.approx(np.full(8, sigma), rel=0.15)
+    assert flat_noise(noisy, np.full((8, 64), 0.002)) == pytest.approx(np.full(8, 0.002 * 255))
 
 
 def test_judging_is_deterministic_and_independent_of_the_batch(oracle: Oracle) -> None:

@@ -20,6 +20,7 @@ from fewstep.recipe.facts import Facts, Machine, ModelSize, gather_facts, read_m
 from fewstep.recipe.load import load_recipe
 from fewstep.recipe.plan import Plan, apportion, make_plan, shift_time
 from fewstep.recipe.render import render_plan
+from fewstep.recipe.schema import TASKS
 
 LAB = Path(__file__).parent.parent / "recipes" / "lab"
 FACTS = Facts(
@@ -170,10 +171,9 @@ def test_pool_quotas_are_exact_and_equal_what_is_drawn():
     assert samples(plan) == {"landscape": 84, "portrait": 210} | dict.fromkeys(
         ("scene", "enhance", "object", "text_edit", "identity", "style"), 21
     )
-    sizes = {task: {n: p.size for n, p in recipe.data.pools.items()} for task in ("t2i", "edit")}
-    ratio = {str(task): weight for task, weight in recipe.data.mixture.items()}
-    composition = {str(task): weights for task, weights in recipe.data.composition.items()}
-    mixture = Mixture(ratio, composition, sizes, seed=0)
+    of_all_tasks = {name: pool.size for name, pool in recipe.data.pools.items()}
+    sizes = dict.fromkeys(TASKS, of_all_tasks)
+    mixture = Mixture(recipe.data.mixture, recipe.data.composition, sizes, seed=0)
     drawn = dict.fromkeys(samples(plan), 0)
     for _ in range(35 * 4):
         for pool in mixture.next(3).pools:

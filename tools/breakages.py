@@ -135,8 +135,8 @@ BREAKAGES = [
     Breakage(
         "one-step-short",
         "rollout.py",
-        "zip(grid[:k], grid[1 : k + 1], strict=True)",
-        "zip(grid[: k - 1], grid[1:k], strict=False)",
+        "pairwise(grid[: k + 1])",
+        "pairwise(grid[:k])",
         "test_samplers.py::test_rollout_visits_the_states_of_sampling",
     ),
     Breakage(

@@ -1,4 +1,4 @@
-"""The linear (rectified-flow) path of arXiv 2606.03746 eq. 1 and the conversions between x_0, v, eps and score.
+"""The linear (rectified-flow) path of arXiv 2606.03746 eq. 1; conversions of x_0, v, eps, score.
 
     x_t = (1 - t) x_0 + t eps,   t = 0 data, t = 1 noise,   v = eps - x_0
 
@@ -46,7 +46,7 @@ def eps_from_x0(x_t: State, x_0: State, t: Time) -> State:
 
 
 def score_from_x0(x_t: State, x_0: State, t: Time) -> State:
-    """s = -(x_t - (1 - t) x_0) / t^2: the score of p(x_t) when x_0 is the posterior mean (Tweedie)."""
+    """s = -(x_t - (1 - t) x_0) / t^2: the score of p(x_t), x_0 the posterior mean (Tweedie)."""
     t_ = expand(t, x_t)
     return -(x_t - (1 - t_) * x_0) / t_.square()
 
@@ -58,13 +58,13 @@ def x0_from_score(x_t: State, score: State, t: Time) -> State:
 
 
 def euler_step(x_t: State, x_0: State, t: Time, t_next: Time) -> State:
-    """One Euler step of dx/dt = v from t to t_next, given the denoised x_0. t_next = 0 returns x_0."""
+    """One Euler step of dx/dt = v from t to t_next, given the denoised x_0; t_next = 0 is x_0."""
     ratio = expand(t_next / t, x_t)
     return ratio * x_t + (1 - ratio) * x_0
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t' = s t / (1 + (s - 1) t): the static shift of flow-matching schedulers (SD3, arXiv 2403.03206)."""
+    """t' = s t / (1 + (s - 1) t): the static shift of flow matching (SD3, arXiv 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -7,17 +7,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Generic, TypeVar
 from zlib import crc32
 
 import numpy as np
 
 from fewstep.errors import CheckpointError, RecipeError
+from fewstep.recipe.schema import Task
 
-Weights = Mapping[str, int | float]
+Name = TypeVar("Name", bound=str)
 
 
-class Quota:
+class Quota(Generic[Name]):
     """Names in fixed proportions: after any n draws each count is within 1 of n * w / sum(w).
 
     The quota method of Balinski and Young (1975): among the names that one more draw would leave
@@ -27,7 +28,7 @@ class Quota:
     decimal that it prints as.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Mapping[Name, int | float]) -> None:
         self.weights = _whole_numbers(weights)
         self.total = sum(self.weights.values())
         self.counts = dict.fromkeys(self.weights, 0)
@@ -36,7 +37,7 @@ class Quota:
     def drawn(self) -> int:
         return sum(self.counts.values())
 
-    def next(self) -> str:
+    def next(self) -> Name:
         n = self.drawn + 1
         behind = {name: n * w - self.counts[name] * self.total for name, w in self.weights.items()}
         eligible = [name for name in self.weights if behind[name] > 0]
@@ -47,7 +48,7 @@ class Quota:
         self.counts[best] += 1
         return best
 
-    def take(self, n: int) -> tuple[str, ...]:
+    def take(self, n: int) -> tuple[Name, ...]:
         return tuple(self.next() for _ in range(n))
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class PoolCursor:
 class Draw:
     """One micro-batch: sample i is entry `indices[i]` of the pool `pools[i]` of `task`."""
 
-    task: str
+    task: Task
     pools: tuple[str, ...]
     indices: np.ndarray
 
@@ -126,15 +127,15 @@ class Mixture:
 
     def __init__(
         self,
-        task_weights: Weights,
-        composition: Mapping[str, Weights],
-        pool_sizes: Mapping[str, Mapping[str, int]],
+        task_weights: Mapping[Task, int | float],
+        composition: Mapping[Task, Mapping[str, int | float]],
+        pool_sizes: Mapping[Task, Mapping[str, int]],
         *,
         seed: int,
     ) -> None:
         self.tasks = Quota(task_weights)
-        self.pools: dict[str, Quota] = {}
-        self.cursors: dict[tuple[str, str], PoolCursor] = {}
+        self.pools: dict[Task, Quota[str]] = {}
+        self.cursors: dict[tuple[Task, str], PoolCursor] = {}
         for task in self.tasks.weights:
             if task not in composition:
                 known = ", ".join(composition) or "none"
@@ -187,7 +188,7 @@ class Mixture:
             cursor.load_state_dict(state["cursors"][f"{task}/{pool}"])
 
 
-def _whole_numbers(weights: Weights) -> dict[str, int]:
+def _whole_numbers(weights: Mapping[Name, int | float]) -> dict[Name, int]:
     """The smallest whole numbers in the same proportion, without the zeros."""
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:

@@ -1,4 +1,4 @@
-"""A pool: the prompts of one category, ready as conditions, with source and target latents where they exist."""
+"""A pool: the prompts of one category as conditions, with source and target latents if any."""
 
 from dataclasses import dataclass
 
@@ -38,8 +38,9 @@ def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def gather(pools: list[Pool], indices: list[int]) -> tuple[Condition, Tensor | None]:
-    """The condition of sample i of each (pool, index), trimmed to the longest text, and the targets if all have one.
+    """The condition of sample i of each (pool, index), and the targets if all have one.
 
+    Text is trimmed to the longest one.
     All pools must be of one task: a micro-batch has either sources everywhere or nowhere.
     """
     lengths = torch.stack([p.lengths[i] for p, i in zip(pools, indices, strict=True)])

@@ -1,6 +1,6 @@
-"""Sample grids while a model trains: fixed cases of the training split and fixed noise, one row a category."""
+"""Sample grids while a model trains: one row a category, always the same cases and noise."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,24 +10,24 @@ from torch import Tensor
 from fewstep.core.types import Condition, Task
 from fewstep.domain import Case, Domain
 from fewstep.evals.grid import grid
-from fewstep.evals.runner import noise_of
+from fewstep.evals.runner import Draw, noise_of
 
 
 class Preview:
     """Cases and noise never change, so grids of different moments can be compared."""
 
     def __init__(
-        self, domain: Domain, categories: Mapping[str, Task], per_category: int, seed: int
+        self, domain: Domain, conditions: Sequence[tuple[Task, str]], per_category: int, seed: int
     ) -> None:
         self.domain = domain
         self.rows: list[tuple[list[Case], Condition, Tensor]] = []
-        for category, task in categories.items():
+        for task, category in conditions:
             cases = domain.cases(task, category, per_category, seed, evaluation=False)
-            self.rows.append((cases, domain.condition([c.prompt for c in cases], sources_of(cases)),
-                              noise_of(cases, domain.sample_shape)))  # fmt: skip
+            cond = domain.condition([case.prompt for case in cases], sources_of(cases))
+            self.rows.append((cases, cond, noise_of(cases, domain.sample_shape)))
 
     @torch.inference_mode()
-    def draw(self, sampler: Callable[[Tensor, Condition, Task], Tensor]) -> Image.Image:
+    def draw(self, sampler: Draw) -> Image.Image:
         """For edits each result stands to the right of its source."""
         lines, labels = [], []
         for cases, cond, noise in self.rows:

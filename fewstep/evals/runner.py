@@ -1,6 +1,8 @@
-"""Draw every case with every contestant, judge it and log a row: interrupted work is kept and skipped next time."""
+"""Draw every case with every contestant, judge it, log a row; what is logged is not done again."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +14,21 @@ from torch import Tensor
 
 from fewstep.core.types import Condition, Task
 from fewstep.domain import Case, Domain, Verdict
-from fewstep.evals.rows import Row, RowKey, RowWriter
+from fewstep.evals.rows import Row, RowKey, RowWriter, read_rows
+
+Draw = Callable[[Tensor, Condition, Task], Tensor]
+"""A way of sampling: (noise, condition, task) -> latents."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model with its way of sampling: (noise, condition, task) -> latents."""
+    """A model with its way of sampling."""
 
     name: str
     nfe: Mapping[Task, int]
-    draw: Callable[[Tensor, Condition, Task], Tensor]
+    draw: Draw
+    stamp: str
+    """Changes with the weights and the way of sampling."""
 
 
 def noise_of(cases: Sequence[Case], shape: tuple[int, ...]) -> Tensor:
@@ -40,16 +47,45 @@ def evaluate(
     batch: int = 32,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
-    """Fill `out/rows.jsonl` and `out/images/`; rows that are already scored are not drawn again."""
-    total, done = len(cases) * len(contestants), 0
+    """Fill `out/rows.jsonl` and `out/images/`; rows that are already scored are not drawn again.
+
+    A contestant is asked for the tasks that its `nfe` names.
+    """
+    work = [(c, [case for case in cases if case.task in c.nfe]) for c in contestants]
+    total, done = sum(len(own) for _, own in work), 0
     with RowWriter(out / "rows.jsonl") as rows:
-        for contestant in contestants:
-            for group in _groups(cases, batch):
+        for contestant, own in work:
+            for group in _groups(own, batch):
                 left = [c for c in group if not rows.is_scored(_key(contestant, c, domain))]
                 if left:
                     _draw_and_judge(left, contestant, domain, out, rows)
                 done += len(group)
                 on_progress(done, total, contestant.name)
+
+
+def forget_changed(contestants: Sequence[Contestant], out: Path) -> dict[str, int]:
+    """Clear the rows of contestants that are no longer what drew them; how many, by name.
+
+    Rows carry a contestant's name alone. `out/stamps.json` says which weights stood behind it, so
+    that a student trained anew in the same folder is not judged by its predecessor's images.
+    """
+    stamps, rows = out / "stamps.json", out / "rows.jsonl"
+    known = json.loads(stamps.read_text()) if stamps.exists() else {}
+    changed = {c.name for c in contestants if known.get(c.name) != c.stamp}
+    logged = read_rows(rows).rows if changed and rows.exists() else ()
+    cleared = Counter(row.model for row in logged if row.model in changed)
+    out.mkdir(parents=True, exist_ok=True)
+    if cleared:
+        kept = [row.model_dump_json() + "\n" for row in logged if row.model not in changed]
+        _replace(rows, "".join(kept))
+    _replace(stamps, json.dumps(known | {c.name: c.stamp for c in contestants}, indent=2))
+    return dict(cleared)
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text)
+    scratch.replace(path)
 
 
 def _groups(cases: Sequence[Case], batch: int) -> list[list[Case]]:

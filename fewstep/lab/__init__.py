@@ -1,1 +1,1 @@
-"""The bundled lab: a procedural world, its judge and its teachers, so that the paper runs on a laptop."""
+"""The bundled lab: a procedural world, its judge and its teachers: the paper on a laptop."""

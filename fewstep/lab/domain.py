@@ -1,8 +1,8 @@
-"""The lab as a domain: prompts and cases from the procedural world, latents of its autoencoder, the oracle as judge."""
+"""The lab as a domain: cases of the procedural world, latents of its autoencoder, the oracle."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -11,10 +11,14 @@ from torch import Tensor
 from fewstep.core.types import Condition, Task
 from fewstep.data.pools import Pool, pad_tokens
 from fewstep.domain import Case, Images, Verdict
+from fewstep.errors import DataError
 from fewstep.lab import grammar
 from fewstep.lab.edits import Edit
 from fewstep.lab.pools import draw_case, encode_images, load_autoencoder, make_pool, to_images
 from fewstep.lab.world import SIZE, render
+
+MAX_TEXT: Final = 24
+"""Tokens of a prompt, more than any caption or instruction of the grammar has."""
 
 
 class LabDomain:
@@ -36,7 +40,7 @@ class LabDomain:
         return SIZE
 
     def text_sizes(self) -> dict[str, int]:
-        return {"vocabulary": len(grammar.vocabulary()) + 1, "max_text": 24}
+        return {"vocabulary": len(grammar.vocabulary()) + 1, "max_text": MAX_TEXT}
 
     @property
     def judge_name(self) -> str:
@@ -48,7 +52,14 @@ class LabDomain:
         return pool
 
     def condition(self, prompts: Sequence[str], sources: Images | None) -> Condition:
-        text, lengths = pad_tokens([grammar.encode(prompt) for prompt in prompts])
+        tokens = [grammar.encode(prompt) for prompt in prompts]
+        for prompt, row in zip(prompts, tokens, strict=True):
+            if len(row) > MAX_TEXT:
+                raise DataError(
+                    f"prompt {prompt!r}: {len(row)} words, commas and letters of signs; the lab's "
+                    f"teachers read {MAX_TEXT} of them"
+                )
+        text, lengths = pad_tokens(tokens)
         mask = torch.arange(text.shape[1]) < lengths[:, None]
         latents = None if sources is None else encode_images(self.autoencoder, sources).float()
         return Condition(text, mask, latents)
@@ -83,13 +94,10 @@ class LabDomain:
 
     def judge(self, images: Images, cases: Sequence[Case]) -> list[Verdict]:
         """Cases of one task."""
-        truths = [case.truth for case in cases]
+        pairs = [cast(tuple[Any, tuple[str, ...]], case.truth) for case in cases]
+        truths, says = zip(*pairs, strict=True)
         if cases[0].task == "edit":
-            found = self.oracle.judge_edit(images, [edit for edit, _ in truths])  # type: ignore[misc]
+            found = self.oracle.judge_edit(images, list(truths))
         else:
-            found = self.oracle.judge_t2i(
-                images,
-                [scene for scene, _ in truths],
-                [says for _, says in truths],  # type: ignore[misc]
-            )
+            found = self.oracle.judge_t2i(images, list(truths), list(says))
         return [Verdict(j.score, dict(j.subscores), tuple(j.reasons)) for j in found]

@@ -1,4 +1,4 @@
-"""The six editing categories of the lab: source, instruction arguments and the exact truth of what may change.
+"""The six editing categories of the lab: source, arguments and the exact truth of what may change.
 
 An edit that is determined by its source (a recoloured house, a clean photo) has one true target.
 One that leaves something open (where a second balloon goes, how the new hills look) keeps only a
@@ -65,7 +65,7 @@ class Edit:
         return self.category != "scene" and self.operation not in ("add", "replace")
 
     def images(self) -> tuple[np.ndarray, np.ndarray]:
-        """Source and target as uint8 [SIZE, SIZE, 3]. For open edits the target is one of many right ones."""
+        """Source and target as uint8 [SIZE, SIZE, 3]; for open edits one of many right targets."""
         target = render(self.after)
         if self.operation == "enhance":
             return degrade(target, self.argument, np.random.default_rng(self.seed)), target

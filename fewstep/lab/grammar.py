@@ -1,4 +1,4 @@
-"""How the lab speaks: captions for scenes, instructions for edits, and the tokenizer of that language.
+"""How the lab speaks: captions for scenes, instructions for edits, and the tokenizer of both.
 
 A caption may leave attributes out (`Phrase.says` names those it mentions), as real captions do; a
 judge must only ask for what was said.
@@ -239,7 +239,7 @@ _FIXED: Final = """
 
 @cache
 def vocabulary() -> Mapping[str, int]:
-    """Word or letter to token id; 0 is padding. Letters of a quoted word come in five places each."""
+    """Word or letter to token id; 0 is padding. A letter has one id for each of its five places."""
     phrases = [_FIXED, *PLURAL.values()]
     for table in (*SAYING.values(), STYLE_NAMES, REPAIRS):
         phrases += [text for texts in table.values() for text in texts]
@@ -249,7 +249,7 @@ def vocabulary() -> Mapping[str, int]:
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a prompt; a word in double quotes is spelled letter by letter, each with its place.
+    """Token ids of a prompt; a word in double quotes is spelled, each letter with its place.
 
     Raises DataError for a word the lab does not know, with the nearest known one.
     """

@@ -106,7 +106,8 @@ def rank_t2i(oracle: Oracle, category: str, count: int, seed: int) -> dict[str, 
 
 def other_nuisance(edit: Edit) -> np.ndarray:
     """A perfect image of another scene: all attributes of the target, everything else different."""
-    return replace(edit, after=replace(edit.after, nuisance=edit.after.nuisance + 1)).images()[1]
+    before, after = (replace(s, nuisance=s.nuisance + 1) for s in (edit.before, edit.after))
+    return replace(edit, before=before, after=after).images()[1]
 
 
 def rank_edit(oracle: Oracle, category: str, count: int, seed: int) -> dict[str, Standing]:
@@ -146,7 +147,7 @@ def print_standings(title: str, standings: dict[str, Standing]) -> None:
 def validate(count: int, seed: int) -> None:
     oracle = load_oracle()
     print(oracle.name)
-    true, again = (attribute_errors(oracle, 4 * count, seed, round_trip=r) for r in (False, True))
+    true, again = (attribute_errors(oracle, 10 * count, seed, round_trip=r) for r in (False, True))
     print("\n| attribute | misread, true renders | misread, round trip |\n|---|---|---|")
     for name in true:
         print(f"| {name} | {true[name]:.2%} | {again[name]:.2%} |")

@@ -1,4 +1,4 @@
-"""Pools of the lab world: captions and instructions as tokens, images as latents of the bundled autoencoder."""
+"""Pools of the lab world: prompts as tokens, images as latents of the bundled autoencoder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,14 +17,18 @@ from fewstep.models.autoencoder import Autoencoder
 from fewstep.models.lab import load_weights
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
-TASK_OF: Final[dict[str, Task]] = {**dict.fromkeys(CATEGORIES, "t2i"), **dict.fromkeys(EDIT_CATEGORIES, "edit")}
+TASK_OF: Final[dict[str, Task]] = {
+    **dict.fromkeys(CATEGORIES, "t2i"),
+    **dict.fromkeys(EDIT_CATEGORIES, "edit"),
+}
 
 
 def load_autoencoder() -> Autoencoder:
     """The bundled autoencoder in evaluation mode."""
     autoencoder = Autoencoder()
     load_weights(autoencoder, WEIGHTS / "autoencoder.safetensors")
-    return autoencoder.eval().to(memory_format=torch.channels_last)
+    # torch's own stubs do not know this argument of Module.to
+    return autoencoder.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
@@ -69,7 +73,7 @@ def make_pool(
     targets: bool = False,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Pool:
-    """`size` training cases of a category. Targets (for teacher training) are drawn only when asked for."""
+    """`size` training cases of a category. Targets (for teachers) are drawn only when asked for."""
     rng = np.random.default_rng([seed, list(TASK_OF).index(category)])
     edit = TASK_OF[category] == "edit"
     prompts, tokens = [], []

@@ -1,11 +1,13 @@
 """Trains the oracle's reader: `python -m fewstep.lab.train_reader`.
 
-The data are fresh renders of the training split and corruptions of them.
+The data are fresh renders of the training split and corruptions of them. The attribute heads are
+trained first, then the error map; they share no weights.
 """
 
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fewstep.lab.corrupt import Corruption, add_noise, corruptions
 from fewstep.lab.glyphs import LETTERS
@@ -26,18 +29,19 @@ from fewstep.lab.reader import (
     UNKNOWN,
     AttentionBlock,
     ConvBlock,
+    LocalBlock,
     Reader,
     ReaderConfig,
+    log_errors,
     reading_loss,
 )
 from fewstep.lab.world import CANVAS, STYLES, Open, Scene, apply_style, render, sample_scene
-from fewstep.models.autoencoder import reconstruction_loss
 from fewstep.models.lab import save_weights
 
 # signs need the most: five places of 26 classes
 SHARES: Final = {"landscape": 0.3, "portrait": 0.2, "text": 0.5}
 STYLED: Final = (
-    0.08  # share of pictures in one of the styles: projected, but read only for the style
+    0.08  # share of pictures in one of the styles: read only for the style and drawing errors
 )
 UNTOUCHED: Final = 0.3  # share of pictures left as rendered
 KINDS: Final = {  # how often each corruption is drawn among the others
@@ -144,27 +148,36 @@ def draw_batch(size: int, rng: np.random.Generator, kinds: dict[str, Corruption]
     return Example(seen, clean, labels, torch.from_numpy(weight).float(), torch.from_numpy(letters))
 
 
-def inner_matrices(reader: Reader) -> list[nn.Parameter]:
-    """Weights of the blocks: linear layers, and convolutions seen as matrices. Muon takes these."""
-    blocks = [m for m in reader.modules() if isinstance(m, ConvBlock | AttentionBlock)]
-    return [p for block in blocks for p in block.parameters() if p.ndim > 1]
+def muon_and_adamw(module: nn.Module) -> tuple[dict[nn.Parameter, Tensor], list[Optimizer]]:
+    """Muon for the large weights inside blocks, convolutions seen as matrices; AdamW for the rest.
+
+    Muon wants matrices, so it gets views of the weights; `train` hands it their gradients.
+    """
+    blocks = [m for m in module.modules() if isinstance(m, ConvBlock | AttentionBlock | LocalBlock)]
+    inner = [p for block in blocks for p in block.parameters() if p.ndim > 1 and p.requires_grad]
+    views = {p: p.detach().view(len(p), -1) for p in inner}
+    rest = [p for p in module.parameters() if p not in views and p.requires_grad]
+    return views, [
+        torch.optim.Muon(views.values(), weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, weight_decay=0.02, betas=(0.9, 0.98)),
+    ]
 
 
-def train(minutes: float, out: Path, *, seed: int, batch: int, rate: float) -> None:
-    """Train a reader for so many minutes; its moving average is saved to `out` now and then."""
-    torch.manual_seed(seed)
+def train(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[Example], Tensor],
+    *,
+    minutes: float,
+    rate: float,
+    seed: int,
+    batch: int = 32,
+) -> dict[str, object]:
+    """Train a module in place for so many minutes; it ends as its moving average."""
     rng = np.random.default_rng([seed, 0x0EAD])
     kinds = corruptions(load_autoencoder())
-    reader, average = Reader(ReaderConfig()), Reader(ReaderConfig())
-    average.load_state_dict(reader.state_dict())
-    finder = LetterFinder(reader.config.tokens)
-    parameters = [*reader.parameters(), *finder.parameters()]
-    matrices = {p: p.detach().view(len(p), -1) for p in inner_matrices(reader)}
-    others = [p for p in parameters if p not in matrices]
-    optimisers = (
-        torch.optim.Muon(matrices.values(), weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, weight_decay=0.02, betas=(0.9, 0.98)),
-    )
+    views, optimisers = muon_and_adamw(module)
+    average = {n: p.detach().clone() for n, p in module.named_parameters()}
     start, step, share = time.perf_counter(), 0, 0.0
     while share < 1:
         share = min((time.perf_counter() - start) / (60 * minutes), 1.0)
@@ -172,63 +185,83 @@ def train(minutes: float, out: Path, *, seed: int, batch: int, rate: float) -> N
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(step / 100, 1.0) * (0.01 + 0.99 * cosine)
-        example = draw_batch(batch, rng, kinds)
-        seen = to_pixels(example.seen).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            reading = reader(seen)
-        read = reading_loss(reading, example.labels, example.weight)
-        found = finder(reading.cells, example.letters, example.weight)
-        clean = to_pixels(example.clean)
-        redrawn = reconstruction_loss(reading.projection, clean)
-        reader.zero_grad()
-        finder.zero_grad()
-        (read + found + 20 * redrawn).backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 20.0)
-        assert torch.isfinite(norm), f"step {step}: gradient is not finite"
-        for p, matrix in matrices.items():
+        module.zero_grad()
+        error = loss(draw_batch(batch, rng, kinds))
+        error.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 20.0)
+        assert torch.isfinite(norm), f"{name}, step {step}: gradient is not finite"
+        for p, view in views.items():
             assert p.grad is not None
-            matrix.grad = p.grad.reshape(matrix.shape)
+            view.grad = p.grad.reshape(view.shape)
         for optimiser in optimisers:
             optimiser.step()
         decay = min(0.996, (step + 1) / (step + 10))
         with torch.no_grad():
-            for a, p in zip(average.parameters(), reader.parameters(), strict=True):
-                a.lerp_(p, 1 - decay)
+            for n, p in module.named_parameters():
+                average[n].lerp_(p, 1 - decay)
         step += 1
         if step % 200 == 0 or share == 1:
             seconds = time.perf_counter() - start
-            untouched = reconstruction_loss(seen, clean)
             print(
-                f"{seconds:5.0f} s  {step * batch / 1000:6.1f}k images  "
-                f"reading {read.item():.3f}  letters {found.item():.3f}  "
-                f"redrawing {redrawn.item():.4f} "
-                f"of {untouched.item():.4f}  {step * batch / seconds:.0f} images/s",
+                f"{name}  {seconds:5.0f} s  {step * batch / 1000:6.1f}k images  "
+                f"loss {error.item():.3f}  {step * batch / seconds:.0f} images/s",
                 flush=True,
             )
-            if step % 800 == 0 or share == 1:
-                about = {
-                    "what": "reader of the lab oracle, moving average",
-                    "command": f"python -m fewstep.lab.train_reader --minutes {minutes:g} "
-                    f"--seed {seed} --batch {batch} --rate {rate:g}",
-                    "images": step * batch,
-                    "device": "cpu, 1 thread, bf16 autocast",
-                    "seconds": round(seconds),
-                    "data": "fresh renders of the training split and their corruptions",
-                }
-                save_weights(average, out, config=reader.config, about=about, half=True)
+    module.load_state_dict(average)
+    return {"images": step * batch, "seconds": round(time.perf_counter() - start)}
+
+
+def train_reading(reader: Reader, *, minutes: float, seed: int) -> dict[str, object]:
+    """Train everything but the error map to read attributes."""
+    finder = LetterFinder(reader.config.tokens)
+
+    def loss(example: Example) -> Tensor:
+        seen = to_pixels(example.seen).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            reading = reader(seen)
+        read = reading_loss(reading, example.labels, example.weight)
+        return read + finder(reading.cells, example.letters, example.weight)
+
+    both = nn.ModuleDict({"finder": finder, "reader": reader})
+    reader.errors.requires_grad_(False)
+    return train("reading", both, loss, minutes=minutes, rate=3e-3, seed=seed)
+
+
+def train_errors(reader: Reader, *, minutes: float, seed: int) -> dict[str, object]:
+    """Train the error map alone."""
+    reader.errors.requires_grad_(True)
+
+    def loss(example: Example) -> Tensor:
+        seen = to_pixels(example.seen).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            mapped = reader.errors(seen)
+        return F.smooth_l1_loss(mapped, log_errors(seen, to_pixels(example.clean)), beta=0.3)
+
+    return train("errors", reader.errors, loss, minutes=minutes, rate=2e-3, seed=seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=READER_WEIGHTS)
-    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--minutes", type=float, default=11, help="for the attribute heads")
+    parser.add_argument("--error-minutes", type=float, default=4, help="for the error map")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    train(args.minutes, args.out, seed=args.seed, batch=args.batch, rate=args.rate)
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    reader = Reader(ReaderConfig())
+    read = train_reading(reader, minutes=args.minutes, seed=args.seed)
+    mapped = train_errors(reader, minutes=args.error_minutes, seed=args.seed)
+    about = {
+        "what": "reader of the lab oracle, moving averages",
+        "command": f"python -m fewstep.lab.train_reader --minutes {args.minutes:g} "
+        f"--error-minutes {args.error_minutes:g} --seed {args.seed}",
+        "reading": read,
+        "errors": mapped,
+        "device": "cpu, 1 thread, bf16 autocast",
+        "data": "fresh renders of the training split and their corruptions",
+    }
+    save_weights(reader, args.out, config=reader.config, about=about, half=True)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
 

@@ -1,4 +1,4 @@
-"""The lab's procedural world: scenes made of named attributes plus a seed for all that a caption leaves open.
+"""The lab's procedural world: scenes of named attributes, and a seed for what captions leave open.
 
 A `Scene` is exact ground truth. Its attributes are what captions say and the judge reads; its
 nuisance seed decides placement, shapes, texture, typeface, clutter and shades. Editing an attribute
@@ -100,7 +100,7 @@ class Scene:
 
 
 class Open:
-    """Named uniform draws from one seed: a draw depends on its name alone, not on what was drawn before.
+    """Named uniform draws from one seed: a draw depends on its name alone, not on earlier draws.
 
     So changing an attribute never moves a cloud.
     """
@@ -129,7 +129,7 @@ class Open:
 
 
 def is_evaluation(category: str, attributes: Mapping[str, str]) -> bool:
-    """Whether an attribute combination (for text: a word) belongs to the evaluation split: about one in ten."""
+    """Whether a combination of attributes (text: a word) is of the evaluation split, 1 in 10."""
     if category == "text":
         return attributes["word"] in EVALUATION_WORDS
     key = category + "|" + "|".join(f"{k}={attributes[k]}" for k in sorted(attributes))
@@ -295,7 +295,7 @@ def _draw_ground(
 
 
 def landmark_places(scene: Scene, u: Open) -> list[tuple[float, float, float]]:
-    """x, y of the foot and the scale of each landmark: side by side in slots, in open order and place."""
+    """x, y of the foot and the scale of each landmark: side by side, in open order and place."""
     count = ("no", "one", "two", "three").index(scene["count"])
     order = sorted(range(3), key=lambda i: u(f"slot{i}"))
     # one stands anywhere, several keep clear of each other
@@ -379,8 +379,13 @@ SKIN: Final[tuple[Colour, ...]] = (
     (98, 64, 44),
 )
 WALL: Final[tuple[Colour, ...]] = (
-    (196, 222, 236), (240, 216, 200), (206, 232, 206), (232, 226, 170), (222, 206, 236), (160, 166, 176),
-)  # fmt: skip
+    (196, 222, 236),
+    (240, 216, 200),
+    (206, 232, 206),
+    (232, 226, 170),
+    (222, 206, 236),
+    (160, 166, 176),
+)
 
 
 def draw_portrait(scene: Scene, u: Open) -> Image.Image:
@@ -507,8 +512,8 @@ def _draw_features(
         disc(draw, ex, eye + 0.4, size * 0.62, size * 0.75, (24, 20, 30))
         tilt = {"happy": 0.0, "sad": 3.0, "surprised": 0.0}[mood]
         lift = 8 if mood != "surprised" else 12
-        draw.line((ex - 5, eye - lift + (tilt if side < 0 else -tilt) * 1.0,
-                   ex + 5, eye - lift + (-tilt if side < 0 else tilt) * 1.0), fill=dark, width=3)  # fmt: skip
+        brow, slope = eye - lift, -side * tilt
+        draw.line((ex - 5, brow + slope, ex + 5, brow - slope), fill=dark, width=3)
     draw.line((x, eye + 4, x - 2, eye + 10, x + 2, eye + 10), fill=mix(skin, dark, 0.5), width=2)
     my, mw = y + ry * 0.52, u("mouth", 9, 12)
     lip: Colour = (168, 36, 44)
@@ -650,7 +655,7 @@ STYLES: Final = ("sketch", "sepia", "pixels", "negative")
 
 
 def apply_style(image: np.ndarray, style: str) -> np.ndarray:
-    """The image in one of `STYLES`; a deterministic function, so a style edit has one true target."""
+    """The image in one of `STYLES`; deterministic, so a style edit has one true target."""
     x = image.astype(np.float32)
     grey = x @ np.array([0.299, 0.587, 0.114], np.float32)
     if style == "sepia":

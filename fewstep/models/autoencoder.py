@@ -1,4 +1,4 @@
-"""The lab's small convolutional autoencoder: 32x32 pixels to standardised 8x8 latents with 16 channels.
+"""The lab's small convolutional autoencoder: 32x32 pixels to standardised 8x8x16 latents.
 
 It exists because letters must stay sharp in few tokens. Autoencoders of others are in `vaes.py`.
 """
@@ -79,7 +79,7 @@ class Autoencoder(nn.Module):
 def reconstruction_loss(
     out: Float[Tensor, "b 3 h w"], pixels: Float[Tensor, "b 3 h w"]
 ) -> Float[Tensor, ""]:
-    """L1 of pixels plus L1 of their differences, which is what keeps letters and thin lines sharp."""
+    """L1 of pixels plus L1 of their differences, which keeps letters and thin lines sharp."""
     error = out - pixels
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 0.5 * edges

@@ -1,14 +1,16 @@
-"""The lab's own flow-matching transformer: joint attention over image, source and text tokens, adaLN, CFG by dropping text.
+"""The lab's own flow-matching transformer: joint attention over image, source and text, adaLN.
 
-Small, but of the same kind as the models it stands for. One stream (all token kinds share weights,
-as in Z-Image), one shared modulation with a learned offset per block (PixArt-alpha, arXiv
-2310.00426). The network predicts v; the module itself is a `Denoiser` and returns x_0.
+Small, but of the same kind as the models it stands for; CFG by dropping text. One stream (all
+token kinds share weights, as in Z-Image), one shared modulation with a learned offset per block
+(PixArt-alpha, arXiv 2310.00426). The network predicts v; the module itself is a `Denoiser` and
+returns x_0.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from fewstep.errors import CheckpointError
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """Sizes of an `MMDiT`. Exactly one of `vocabulary` (token ids) and `text_width` (states) is set."""
+    """Sizes of an `MMDiT`; either `vocabulary` (token ids) or `text_width` (states) is set."""
 
     channels: int = 16
     grid: int = 8
@@ -154,25 +156,32 @@ class MMDiT(nn.Module):
 
 
 def save_weights(
-    module: nn.Module, path: Path, *, config: object, about: dict[str, object], half: bool = False
+    module: nn.Module, path: Path, *, config: Any, about: dict[str, object], half: bool = False
 ) -> None:
-    """Write a module as safetensors with its config and provenance in the header; atomic.
+    """Write a module as safetensors with its config (a dataclass) and provenance; atomic.
 
-    `half` stores float16, which shipped weights use: half the size, and weights far below its limits.
+    `half` stores float16, which shipped weights use: half the size, and far below its limits.
     """
     tensors = {
         name: (value.half() if half and value.is_floating_point() else value).contiguous().cpu()
         for name, value in module.state_dict().items()
     }
-    header = {"config": json.dumps(asdict(config)), "about": json.dumps(about)}  # type: ignore[call-overload]
+    header = {"config": json.dumps(asdict(config)), "about": json.dumps(about)}
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
-    save_file(tensors, scratch, metadata=header)
-    scratch.replace(path)
+    try:
+        save_file(tensors, scratch, metadata=header)
+        scratch.replace(path)
+    except (SafetensorError, OSError) as error:
+        scratch.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"weights {path}: could not be written ({error}); is the disk full? Any earlier file is "
+            "untouched"
+        ) from None
 
 
-def read_header(path: Path) -> tuple[dict[str, object], dict[str, object]]:
-    """Config and provenance of a weight file. Raises CheckpointError when it is missing or damaged."""
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and provenance of a weight file. CheckpointError if it is missing or damaged."""
     if not path.is_file():
         raise CheckpointError(f"weights {path}: no such file")
     try:
@@ -188,7 +197,7 @@ def read_header(path: Path) -> tuple[dict[str, object], dict[str, object]]:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module from a weight file. Raises CheckpointError naming the first tensor that does not fit."""
+    """Fill a module from a weight file. CheckpointError names a tensor that does not fit."""
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -204,7 +213,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
             )
         if found[name].shape != value.shape:
             raise CheckpointError(
-                f"weights {path}: tensor {name} is {tuple(found[name].shape)}, this model needs {tuple(value.shape)}"
+                f"weights {path}: tensor {name} is {tuple(found[name].shape)}, this model needs "
+                f"{tuple(value.shape)}"
             )
     if extra := sorted(set(found) - set(wanted)):
         raise CheckpointError(
@@ -216,6 +226,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
 def load_mmdit(path: Path) -> MMDiT:
     """The model of a weight file, in float32 and evaluation mode."""
     config, _ = read_header(path)
-    model = MMDiT(MMDiTConfig(**config))  # type: ignore[arg-type]
+    if unknown := sorted(set(config) ^ {field.name for field in fields(MMDiTConfig)}):
+        raise CheckpointError(
+            f"weights {path}: of another kind of model (its config differs in "
+            f"{', '.join(unknown)}); give a teacher or student written by fewstep"
+        )
+    model = MMDiT(MMDiTConfig(**config))
     load_weights(model, path)
     return model.eval()

@@ -1,4 +1,4 @@
-"""First-step anchor: a flow-matching loss on the student's first step, after DP-DMD (arXiv 2602.03139).
+"""First-step anchor: flow matching on the student's first step, after DP-DMD (arXiv 2602.03139).
 
 The authors of arXiv 2606.03746 tried it and left it out: steadier structure, slightly worse visual
 quality. It is kept as an option.

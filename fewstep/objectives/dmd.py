@@ -1,6 +1,9 @@
-"""Distribution matching distillation: arXiv 2606.03746 eq. 3-4, after DMD (arXiv 2311.18828) and DMD2 (2405.14867).
+"""Distribution matching distillation: arXiv 2606.03746 eq. 3-4.
 
-    grad_theta KL(p_stu || p_tea) = E [ (d x_theta / d theta)^T (s_stu(x_t, t, c) - s_real(x_t, t, c)) ]   (eq. 4)
+After DMD (arXiv 2311.18828) and DMD2 (arXiv 2405.14867).
+
+    grad_theta KL(p_stu || p_tea)
+        = E [ (d x_theta / d theta)^T (s_stu(x_t, t, c) - s_real(x_t, t, c)) ]   (eq. 4)
 
 No GAN. Everything is float32.
 """
@@ -27,7 +30,7 @@ def renoise_time(
 def dmd_direction(
     x: State, fake: State, real: State, *, normaliser: Literal["teacher", "none"]
 ) -> State:
-    """The direction in which KL(p_stu || p_tea) grows at the student's sample x; descend against it.
+    """The direction in which KL(p_stu || p_tea) grows at the student's sample x; step against it.
 
     `fake` and `real` are x_0 predictions at the same (x_t, t). Their scores differ by
     s_stu - s_real = (1 - t) / t^2 (fake - real); DMD (arXiv 2311.18828) replaces the factor
@@ -44,7 +47,7 @@ def dmd_direction(
 def dmd_loss(x: State, direction: State) -> Float[Tensor, ""]:
     """A scalar whose gradient with respect to x is direction / x.numel() and nothing else.
 
-    0.5 mean (x - sg[x - direction])^2, the usual surrogate: only x carries gradient, never the scores.
+    0.5 mean (x - sg[x - direction])^2, the usual surrogate: x carries gradient, the scores never.
     """
     target = (x - direction).detach()
     return 0.5 * F.mse_loss(x.float(), target.float())
@@ -56,7 +59,7 @@ def fake_score_loss(fake: State, x: State) -> Float[Tensor, ""]:
 
 
 def fake_velocity_loss(predicted_v: State, x: State, eps: State) -> Float[Tensor, ""]:
-    """Flow matching (eq. 2) of the fake score network on the student's samples: || v - (eps - x) ||^2."""
+    """Flow matching (eq. 2) of the fake score on the student's samples: || v - (eps - x) ||^2."""
     return F.mse_loss(predicted_v.float(), velocity(x.detach().float(), eps.float()))
 
 

@@ -92,7 +92,10 @@ class FolderSource(Strict):
     autoencoder: str | None = None
     """Folder of a diffusers AutoencoderTiny or AutoencoderKL; null = pixel space."""
     text_encoder: str | None = None
-    """Folder of a transformers text encoder; null = hashed words, learned with the teacher."""
+    """Folder of a transformers text encoder, or `package:NAME/FOLDER` inside an installed Python
+    package; null = hashed words, learned with the teacher."""
+    cache: str = ".fewstep-cache"
+    """Folder for decoded pixels, latents and text states; outside `path`."""
 
 
 Source = Annotated[LabSource | FolderSource, Field(discriminator="kind")]

@@ -1,10 +1,24 @@
 """The shape of a teacher recipe: what `fewstep teach` trains, on what, for how long."""
 
+import hashlib
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fewstep.recipe.schema import Count, Fraction, Positive, Share, Source, Strict, Task, Word
+from fewstep.errors import RecipeError, did_you_mean
+from fewstep.recipe.facts import weights_path
+from fewstep.recipe.schema import (
+    LAB_CATEGORIES,
+    Count,
+    Fraction,
+    Positive,
+    Share,
+    Source,
+    Strict,
+    Task,
+    Word,
+)
 
 
 class Network(Strict):
@@ -56,3 +70,45 @@ class TeachRecipe(Strict):
     ema: Fraction = 0.998
     precision: Literal["bf16", "fp32"] = "bf16"
     log: TeachLog = TeachLog()
+
+    def conditions(self) -> tuple[tuple[Task, str], ...]:
+        """Every (task, category) with a share of the training, in the order of the file."""
+        trained: list[tuple[Task, str]] = [
+            (task, category)
+            for task, weights in self.composition.items()
+            for category, weight in weights.items()
+            if weight > 0 and self.mixture.get(task, 0) > 0
+        ]
+        return tuple(trained)
+
+    def content_hash(self) -> str:
+        """16 hex digits over every field that decides the teacher: not name or log."""
+        content = self.model_dump(mode="json", exclude={"name", "log"})
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_teach(recipe: TeachRecipe) -> None:
+    """Refusals that need no data: tasks without categories, unknown categories, no `init`."""
+    for task, share in recipe.mixture.items():
+        if share > 0 and not any(recipe.composition.get(task, {}).values()):
+            raise RecipeError(
+                f"{task} has a share of the mixture, but no category has a weight",
+                field=f"composition.{task}",
+                hint=f"give one a weight, or set mixture.{task}: 0",
+            )
+    if not recipe.conditions():
+        raise RecipeError("no task has a share", field="mixture", hint="such as {t2i: 1, edit: 1}")
+    for task, category in recipe.conditions():
+        if recipe.source.kind == "lab" and category not in LAB_CATEGORIES[task]:
+            raise RecipeError(
+                f"the lab has no {task} category {category!r}",
+                field=f"composition.{task}",
+                hint=did_you_mean(category, LAB_CATEGORIES[task]),
+            )
+    if recipe.init and not weights_path(recipe.init).is_file():
+        raise RecipeError(
+            f"there is no file {weights_path(recipe.init)}",
+            field="init",
+            hint="use bundled:base, a path or null",
+        )

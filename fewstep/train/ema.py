@@ -5,9 +5,9 @@ from torch import nn
 
 
 class Ema:
-    """Keeps `decay * average + (1 - decay) * weights` with a warm-up of (1 + n) / (10 + n), n updates seen.
+    """Keeps `decay * average + (1 - decay) * weights`; after n updates decay <= (1 + n) / (10 + n).
 
-    The warm-up keeps early averages from being ruled by the initial weights.
+    That warm-up keeps early averages from being ruled by the initial weights.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:

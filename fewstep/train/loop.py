@@ -1,9 +1,9 @@
-"""The loop around one update: draw, update, and now and then log, sample and save. Resumes bit for bit."""
+"""The loop around one update: draw, update, now and then log, sample, save. Resumes bit for bit."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.core.types import Batch
+from fewstep.core.types import Batch, Task
 from fewstep.data.mixture import Mixture
 from fewstep.data.pools import Pool, gather
+from fewstep.errors import CheckpointError
 from fewstep.models.cast import Cast
+from fewstep.models.lab import MMDiT
 from fewstep.recipe.plan import Plan
 from fewstep.recipe.schema import Adam, Recipe
-from fewstep.train.checkpoint import load_state, save_state
+from fewstep.train.checkpoint import LAST, forget_after, load_last, save_state
 from fewstep.train.ema import Ema
 from fewstep.train.step import Metrics, apply_gradients, update_fake, update_student, warmed
-
-LAST = Path("checkpoints") / "last.pt"
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Distillation:
 
     def _mixture(self, offset: int) -> Mixture:
         data = self.recipe.data
-        sizes: dict[str, dict[str, int]] = {"t2i": {}, "edit": {}}
+        sizes: dict[Task, dict[str, int]] = {"t2i": {}, "edit": {}}
         for name, pool in self.pools.items():
             sizes[pool.task][name] = len(pool)
-        tasks = {task: share for task, share in data.mixture.items() if share > 0}
+        tasks: dict[Task, float] = {task: w for task, w in data.mixture.items() if w > 0}
         return Mixture(tasks, data.composition, sizes, seed=2 * self.recipe.seed + offset)
 
     def draw(self, role: str) -> tuple[Batch, int]:
@@ -76,7 +76,8 @@ class Distillation:
         cond, _ = gather(pools, draw.indices.tolist())
         k = int(torch.randint(len(self.plan.grid), (), generator=self.control))
         device = next(self.cast.student.parameters()).device
-        return Batch(pools[0].task, tuple(p.category for p in pools), cond.to(device), self.shape), k
+        categories = tuple(p.category for p in pools)
+        return Batch(pools[0].task, categories, cond.to(device), self.shape), k
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -93,6 +94,8 @@ class Distillation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["recipe"] != self.plan.recipe_hash:
+            raise CheckpointError("the checkpoint was made by another recipe; resume with that one")
         self.step = state["step"]
         self.cast.student.load_state_dict(state["student"])
         self.cast.fake.load_state_dict(state["fake"])
@@ -186,25 +189,19 @@ def distil(
                 save_state(d.state_dict(), out / LAST)
 
 
-def resume(d: Distillation, out: Path) -> None:
-    """Go on from the last complete state in `out`, and forget metrics written after it."""
-    d.load_state_dict(load_state(out / LAST))
-    path = out / "metrics.jsonl"
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= d.step]
-    path.write_text("".join(kept))
+def resume(d: Distillation, out: Path) -> str:
+    """Go on from the last whole state in `out` and forget metrics written after it.
+
+    Returns what the user should know about that state; empty when all is well.
+    """
+    state, notice = load_last(out / LAST)
+    d.load_state_dict(state)
+    forget_after(out / "metrics.jsonl", d.step)
+    return notice
 
 
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut off by the crash
-        return sys.maxsize
-
-
-def result_of(d: Distillation) -> nn.Module:
-    """The averaged student (or the student itself without EMA), for sampling; weights are copied."""
-    from copy import deepcopy
-
+def result_of(d: Distillation) -> MMDiT:
+    """A copy of the averaged student, or without EMA of the student itself, for sampling."""
     student = deepcopy(d.cast.student)
     if d.ema:
         d.ema.copy_to(student)

@@ -1,4 +1,6 @@
-"""One update of a distillation: fake score, then student (arXiv 2606.03746 eq. 3-7). The algorithm on one screen.
+"""One update of a distillation: fake score, then student (arXiv 2606.03746 eq. 3-7).
+
+The algorithm on one screen:
 
 batch -> rollout(student, k) -> re-noise -> real = sum_m lambda[k][m](c) teacher_m, fake
       -> dmd direction -> student; the fake score follows the student in between
@@ -6,6 +8,7 @@ batch -> rollout(student, k) -> re-noise -> real = sum_m lambda[k][m](c) teacher
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +30,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Score:
-    """What the networks said about the student's samples x at x_t, all x_0 predictions in float32."""
+    """What the networks said about the student's samples at x_t, as x_0 in float32."""
 
     fake: Tensor
     real: Tensor
@@ -81,7 +84,7 @@ def compare_scores(cast: Cast, batch: Batch, k: int, plan: Plan, x_t: Tensor, t:
 def first_step_loss(
     cast: Cast, batch: Batch, noise: Tensor, x: Tensor, plan: Plan, recipe: Recipe
 ) -> Tensor:
-    """Anchor of the first step: the base teacher walks a few of its own steps from the same noise."""
+    """Anchor of the first step: the base teacher walks a few steps from the same noise."""
     anchor = recipe.objective.anchor
     name = recipe.student.init
     teacher, scale = cast.teachers[name], recipe.teachers[name].cfg[batch.task]
@@ -92,7 +95,7 @@ def first_step_loss(
     times = shifted_grid(anchor.of, recipe.teachers[name].shift)[: anchor.steps + 1]
     with torch.no_grad():
         state = noise
-        for now, then in zip(times[:-1], times[1:], strict=True):
+        for now, then in pairwise(times):
             state = step(state, guided, batch.cond, now, then)
     t = torch.full((len(batch),), plan.grid[0], device=x.device)
     return anchor_loss(x, noise, t, anchor_velocity(noise, state, times[-1]))
@@ -114,8 +117,8 @@ def apply_gradients(
             if p.grad is not None and not p.grad.isfinite().all()
         )
         raise RunError(
-            f"the gradient of {name}.{broken} is not finite; nothing was updated, the last checkpoint is kept; "
-            f"lower optim.{name}.lr or raise optim.warmup, then use --resume"
+            f"the gradient of {name}.{broken} is not finite; nothing was updated, the last "
+            f"checkpoint is kept; lower optim.{name}.lr or raise optim.warmup, then use --resume"
         )
     for group in optimiser.param_groups:
         group["lr"] = lr
@@ -125,7 +128,7 @@ def apply_gradients(
 
 
 def describe(batch: Batch, k: int, plan: Plan, score: Score) -> Metrics:
-    """Each teacher's mismatch to the fake score and its share of the update, relative and by category."""
+    """Each teacher's mismatch to the fake score and share of the update; the gap by category."""
     metrics: Metrics = {}
     gap = (score.real - score.fake).flatten(1)
     pulls: dict[str, float] = {}
@@ -166,8 +169,8 @@ def draw_renoising(
 def check_finite(x: Tensor, name: str) -> None:
     if not torch.isfinite(x).all():
         raise RunError(
-            f"the {name} is not finite; nothing was updated, the last checkpoint is kept; lower the "
-            "learning rates or raise objective.renoise.low, then use --resume"
+            f"the {name} is not finite; nothing was updated, the last checkpoint is kept; lower "
+            "the learning rates or raise objective.renoise.low, then use --resume"
         )
 
 

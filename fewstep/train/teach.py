@@ -1,4 +1,4 @@
-"""Training of a multi-step teacher by flow matching (arXiv 2606.03746 eq. 2): lab or folder, fresh or specialised.
+"""Training of a multi-step teacher by flow matching (arXiv 2606.03746 eq. 2).
 
 The loop reads downwards: draw a micro-batch, noise it, regress v, step, and now and then log,
 sample and save. A killed run resumes bit for bit.
@@ -16,26 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.core.process import add_noise, velocity
-from fewstep.core.types import Condition
+from fewstep.core.types import Condition, Task
 from fewstep.data.mixture import Mixture
 from fewstep.data.pools import Pool, gather
 from fewstep.errors import RunError
 from fewstep.models.lab import MMDiT
 from fewstep.recipe.teach import TeachRecipe
-from fewstep.train.checkpoint import load_state, save_state
+from fewstep.train.checkpoint import LAST, forget_after, load_last, save_state
 from fewstep.train.ema import Ema
 
-Draw = tuple[str, Condition, Tensor]
+Draw = tuple[Task, Condition, Tensor]
 
 
 class Teaching:
     """The state of a teacher's training: model, average, optimisers, mixture, generator, step."""
 
-    def __init__(self, model: MMDiT, pools: Mapping[str, Pool], recipe: TeachRecipe) -> None:
+    def __init__(
+        self, model: MMDiT, pools: Mapping[tuple[Task, str], Pool], recipe: TeachRecipe
+    ) -> None:
         self.model, self.pools, self.recipe = model, pools, recipe
         self.ema = Ema(model, recipe.ema)
         self.optimisers = make_optimisers(model, recipe)
-        sizes = {t: {n: len(p) for n, p in pools.items() if p.task == t} for t in ("t2i", "edit")}
+        sizes: dict[Task, dict[str, int]] = {"t2i": {}, "edit": {}}
+        for (task, category), pool in pools.items():
+            sizes[task][category] = len(pool)
         self.mixture = Mixture(recipe.mixture, recipe.composition, sizes, seed=recipe.seed)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.step = 0
@@ -62,8 +66,11 @@ class Teaching:
 
 def make_optimisers(model: MMDiT, recipe: TeachRecipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2
-                and not name.endswith("modulation")]  # fmt: skip
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.") and p.ndim == 2 and not name.endswith("modulation")
+    ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     o = recipe.optim
@@ -86,7 +93,7 @@ def learning_rate(recipe: TeachRecipe, step: int) -> float:
 def draw_batch(teaching: Teaching) -> Draw:
     """One micro-batch of one task: condition (sometimes without text) and target latents."""
     draw = teaching.mixture.next(teaching.recipe.budget.batch)
-    pools = [teaching.pools[name] for name in draw.pools]
+    pools = [teaching.pools[draw.task, name] for name in draw.pools]
     condition, target = gather(pools, draw.indices.tolist())
     assert target is not None, "teachers train on pools with targets"
     return draw.task, condition, target
@@ -107,7 +114,7 @@ def teach(
     out: Path,
     *,
     on_step: Callable[[int, dict[str, float]], None],
-    on_sample: Callable[[int, nn.Module], None],
+    on_sample: Callable[[int, MMDiT], None],
 ) -> None:
     """Run to the end of the budget, writing metrics.jsonl and checkpoints into `out`."""
     recipe, model = teaching.recipe, teaching.model
@@ -125,8 +132,8 @@ def teach(
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip)
             if not torch.isfinite(norm):
                 raise RunError(
-                    f"step {teaching.step}: the gradient is not finite (loss {loss.item()}); the last checkpoint "
-                    "is kept; lower optim.lr"
+                    f"step {teaching.step}: the gradient is not finite (loss {loss.item()}); "
+                    "the last checkpoint is kept; lower optim.lr"
                 )
             for optimiser in teaching.optimisers:
                 for group in optimiser.param_groups:
@@ -148,7 +155,7 @@ def teach(
             if due(teaching.step, recipe.log.sample_every, recipe.budget.updates):
                 on_sample(teaching.step, averaged(teaching))
             if due(teaching.step, recipe.log.save_every, recipe.budget.updates):
-                save_state(teaching.state_dict(), out / "checkpoints" / "last.pt")
+                save_state(teaching.state_dict(), out / LAST)
 
 
 def averaged(teaching: Teaching) -> MMDiT:
@@ -163,6 +170,12 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def resume(teaching: Teaching, out: Path) -> None:
-    """Continue from `out/checkpoints/last.pt`."""
-    teaching.load_state_dict(load_state(out / "checkpoints" / "last.pt"))
+def resume(teaching: Teaching, out: Path) -> str:
+    """Go on from the last whole state in `out` and forget metrics written after it.
+
+    Returns what the user should know about that state; empty when all is well.
+    """
+    state, notice = load_last(out / LAST)
+    teaching.load_state_dict(state)
+    forget_after(out / "metrics.jsonl", teaching.step)
+    return notice
