@@ -151,6 +151,20 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run fo
 
 
 @lab.command()
+def score(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A lab teacher's weights.")],
+    per_category: Annotated[int, typer.Option(min=2, help="Cases per category.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the cases.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 40,
+    train: Annotated[bool, typer.Option("--train", help="Use the training split.")] = False,
+) -> None:
+    """Judge a lab teacher, category by category."""
+    from fewstep import run
+
+    run.lab_score(weights, per_category=per_category, seed=seed, steps=steps, train=train)
+
+
+@lab.command()
 def words() -> None:
     """Print the words that prompts of the lab may use."""
     from fewstep import run

@@ -19,7 +19,7 @@ from fewstep.recipe.facts import weights_path
 from fewstep.recipe.plan import Plan
 from fewstep.recipe.schema import Recipe
 from fewstep.samplers import sample, shifted_grid
-from fewstep.session import stamp_of
+from fewstep.session import compute_device, stamp_of
 
 
 def make_contestants(run_dir: Path, recipe: Recipe, plan: Plan, domain: Domain) -> list[Contestant]:
@@ -116,9 +116,9 @@ def sampler(
         def guided(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
             return classifier_free(model, x_t, t, c, cfg[task])
 
-        device = noise.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            return sample(guided, noise, cond, grid)
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return sample(guided, noise.to(device), cond.to(device), grid).cpu()
 
     return draw
 
@@ -143,7 +143,10 @@ def student_weights(run_dir: Path) -> Path:
 
 
 def load_fitting(weights: Path, domain: Domain, *, field: str) -> MMDiT:
-    """A model whose latents and text are those of the domain; RecipeError for any other."""
+    """A model whose latents and text are those of the domain, on this machine's device.
+
+    RecipeError for a model of another family.
+    """
     model = load_mmdit(weights)
     channels, side, _ = domain.sample_shape
     needed = {"channels": channels, "grid": side, "vocabulary": 0, "text_width": 0}
@@ -156,4 +159,4 @@ def load_fitting(weights: Path, domain: Domain, *, field: str) -> MMDiT:
             field=field,
             hint="use weights that `fewstep teach` made with the same source",
         )
-    return model
+    return model.to(compute_device())

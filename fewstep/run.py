@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import ValidationError
+from rich.table import Table
 
 from fewstep.contestants import (
     NO_GUIDANCE,
@@ -22,9 +24,9 @@ from fewstep.data.pools import Pool
 from fewstep.domain import Domain
 from fewstep.errors import RecipeError, RunError
 from fewstep.evals.grid import grid
-from fewstep.evals.preview import Preview
+from fewstep.evals.preview import Preview, sources_of
 from fewstep.evals.report import write_report
-from fewstep.evals.runner import Contestant, forget_changed
+from fewstep.evals.runner import Contestant, forget_changed, noise_of
 from fewstep.evals.runner import evaluate as run_evaluation
 from fewstep.inputs import check_picture, open_source, read_prompts
 from fewstep.models.cast import make_cast
@@ -33,12 +35,13 @@ from fewstep.recipe.facts import local_machine, weights_path
 from fewstep.recipe.load import dump_yaml, load_recipe, load_yaml
 from fewstep.recipe.plan import Plan, make_plan
 from fewstep.recipe.render import render_plan
-from fewstep.recipe.schema import FolderSource, Recipe, Source
+from fewstep.recipe.schema import LAB_CATEGORIES, FolderSource, Recipe, Source
 from fewstep.recipe.teach import TeachRecipe, check_teach
 from fewstep.samplers import shifted_grid
 from fewstep.session import (
     Clock,
     claim,
+    compute_device,
     console,
     device_name,
     progress,
@@ -231,7 +234,8 @@ def make_teacher(recipe: TeachRecipe, domain: Domain) -> MMDiT:
             hint=f"heads must divide width and patch must divide {side}",
         )
     sizes = n.model_dump() | domain.text_sizes()
-    return MMDiT(MMDiTConfig(channels=channels, grid=side, **sizes))
+    model = MMDiT(MMDiTConfig(channels=channels, grid=side, **sizes))
+    return model.to(compute_device())
 
 
 # --- evaluate and report --------------------------------------------------------------------------
@@ -392,6 +396,31 @@ def lab_words() -> None:
 
     say(" ".join(word for word in vocabulary() if ":" not in word))
     say(f'signs: 1 to 5 letters of {LETTERS} in double quotes, such as " COFFE "')
+
+
+def lab_score(weights: Path, *, per_category: int, seed: int, steps: int, train: bool) -> None:
+    """Judge a lab teacher category by category, with the guidance of `recipes/lab/unified.yaml`."""
+    from fewstep.lab.domain import LabDomain
+
+    domain = LabDomain()
+    model = load_fitting(weights, domain, field="weights")
+    cfg: dict[Task, float] = {"t2i": 3.0, "edit": 2.0}
+    draw = sampler(model, cfg, shifted_grid(steps, 3.0), "bf16")
+    split = "training" if train else "evaluation"
+    table = Table("task", "category", "score (1-5)", "95 %", title=f"{weights.name}, {split} split")
+    means: dict[str, list[float]] = {"t2i": [], "edit": []}
+    for task, categories in LAB_CATEGORIES.items():
+        for category in categories:
+            cases = domain.cases(task, category, per_category, seed, evaluation=not train)
+            cond = domain.condition([case.prompt for case in cases], sources_of(cases))
+            images = domain.decode(draw(noise_of(cases, domain.sample_shape), cond, task))
+            scores = [v.score for v in domain.judge(images, cases) if v.score is not None]
+            means[task].append(fmean(scores))
+            half = 1.96 * stdev(scores) / len(scores) ** 0.5
+            table.add_row(task, category, f"{fmean(scores):.2f}", f"+- {half:.2f}")
+    for task, values in means.items():
+        table.add_row(task, "mean", f"{fmean(values):.2f}", "")
+    console.print(table)
 
 
 def open_domain(source: Source) -> Domain:

@@ -131,6 +131,11 @@ class Clock:
         write_text(self.out / "summary.json", json.dumps(self.summary, indent=2))
 
 
+def compute_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

@@ -46,7 +46,8 @@ def fewstep(capsys: pytest.CaptureFixture[str]) -> Fewstep:
             code = guarded(lambda: app([str(argument) for argument in arguments]))
         except SystemExit as exit:
             code = int(exit.code or 0)
-        return Outcome(code, *capsys.readouterr())
+        printed = capsys.readouterr()
+        return Outcome(code, printed.out, printed.err)
 
     return call
 

@@ -1,4 +1,4 @@
-"""The README's picture: teacher, teacher cut, student on the same held-out cases, from a run's evaluation.
+"""The README's picture: teacher, teacher cut and student on the same cases of an evaluated run.
 
 python tools/side_by_side.py runs/lab-unified docs/images/lab_side_by_side.png [--per-category 2]
 

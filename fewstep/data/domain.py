@@ -110,8 +110,15 @@ class FolderDomain:
         text, lengths = self._encode(prompts)
         source = self.latents[[r.source_image for r in chosen if isinstance(r, EditRecord)]]
         target = self.latents[[_goal(r) for r in chosen]]
-        return Pool(task, category, prompts, text, lengths, source if task == "edit" else None,
-                    target if targets else None)  # fmt: skip
+        return Pool(
+            task,
+            category,
+            prompts,
+            text,
+            lengths,
+            source if task == "edit" else None,
+            target if targets else None,
+        )
 
     def _encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         if self.text is None:
@@ -158,7 +165,7 @@ class FolderDomain:
                     _goal(record),
                     source,
                     goal if task == "edit" else None,
-                )  # fmt: skip
+                )
             )
         return found
 
@@ -173,7 +180,10 @@ def model_folder(path: str) -> Path:
     name, _, inner = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise DataError(f"source.text_encoder {path}: package {name!r} is not installed; pip install it or give a path")
+        raise DataError(
+            f"source.text_encoder {path}: package {name!r} is not installed; pip install it or "
+            "give a path"
+        )
     return Path(spec.origin).parent / inner
 
 

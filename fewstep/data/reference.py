@@ -47,7 +47,7 @@ class ReferenceJudge:
         )
 
     def _edit(self, image: np.ndarray, case: Case) -> Verdict:
-        """How much of the way from source to target was gone: 1 - |out - target| / |source - target|."""
+        """Share of the way from source to target: 1 - |out - target| / |source - target|."""
         assert case.source is not None and case.target is not None
         out, source, target = (x.astype(np.float32) for x in (image, case.source, case.target))
         way = np.abs(source - target).mean()
@@ -73,14 +73,15 @@ def descriptors(images: Images) -> np.ndarray:
         picture = Image.fromarray(image)
         colour = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
         grey = np.asarray(picture.convert("L"), np.float32) / 255
-        edges = np.hypot(*np.gradient(grey))
+        down, across = np.gradient(grey)
+        edges = np.hypot(down, across)
         strength = np.asarray(Image.fromarray(edges).resize((SIDE, SIDE), Image.Resampling.BOX))
         rows.append(np.concatenate([colour.ravel(), 3 * strength.ravel()]))
     return np.stack(rows).astype(np.float32)
 
 
 def flat_noise(image: np.ndarray) -> float:
-    """Standard deviation of the high-pass image in its flattest tenth of 8x8 blocks, grey levels of 255."""
+    """Spread of the high-pass image in its flattest tenth of 8x8 blocks, grey levels of 255."""
     grey = Image.fromarray(image).convert("L")
     smooth = np.asarray(grey.filter(ImageFilter.GaussianBlur(2)), np.float32)
     rest = np.asarray(grey, np.float32) - smooth

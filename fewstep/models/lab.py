@@ -175,8 +175,8 @@ def save_weights(
     except (SafetensorError, OSError) as error:
         scratch.unlink(missing_ok=True)
         raise CheckpointError(
-            f"weights {path}: could not be written ({error}); is the disk full? Any earlier file is "
-            "untouched"
+            f"weights {path}: could not be written ({error}); is the disk full? Any earlier file "
+            "is untouched"
         ) from None
 
 

@@ -63,7 +63,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: truncated or damaged ({type(error).__name__})"
         ) from None
-    if not isinstance(state, dict) or "step" not in state:
+    if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {path}: holds no state of a training")
     return state
 

@@ -103,8 +103,8 @@ def flow_matching_loss(
     model: MMDiT, x_0: Tensor, cond: Condition, generator: torch.Generator
 ) -> Tensor:
     """E || v_theta(x_t, t, c) - (eps - x_0) ||^2 with logit-normal t (arXiv 2403.03206)."""
-    eps = torch.randn(x_0.shape, generator=generator)
-    t = torch.sigmoid(torch.randn(len(x_0), generator=generator))
+    eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+    t = torch.sigmoid(torch.randn(len(x_0), generator=generator)).to(x_0.device)
     v = model.predict_v(add_noise(x_0, eps, t), t, cond)
     return F.mse_loss(v, velocity(x_0, eps))
 
@@ -118,6 +118,7 @@ def teach(
 ) -> None:
     """Run to the end of the budget, writing metrics.jsonl and checkpoints into `out`."""
     recipe, model = teaching.recipe, teaching.model
+    device = next(model.parameters()).device
     begun, first = time.monotonic(), teaching.step
     recent: dict[str, list[float]] = {}
     with (out / "metrics.jsonl").open("a") as log:
@@ -126,7 +127,8 @@ def teach(
             if torch.rand((), generator=teaching.generator).item() < recipe.drop_text:
                 cond = cond.without_text()
             lr = learning_rate(recipe, teaching.step)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            x_0, cond = x_0.to(device), cond.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 loss = flow_matching_loss(model, x_0, cond, teaching.generator)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip)
@@ -163,7 +165,7 @@ def averaged(teaching: Teaching) -> MMDiT:
     copy = MMDiT(teaching.model.config)
     copy.load_state_dict(teaching.model.state_dict())
     teaching.ema.copy_to(copy)
-    return copy.eval()
+    return copy.eval().to(next(teaching.model.parameters()).device)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -11,7 +11,17 @@ from fewstep.errors import DataError
 from fewstep.models.families.open import adapt, open_family
 from fewstep.models.families.playback import play
 
-from .fixtures import LONG, SHORT, SIZE, apart, qwen_image, qwen_image_edit, sources
+from .fixtures import (
+    LONG,
+    SHORT,
+    SIZE,
+    apart,
+    diffusers,
+    qwen_image,
+    qwen_image_edit,
+    scheduler,
+    sources,
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +122,15 @@ def test_without_diffusers_the_extra_is_named(folder: Path, monkeypatch) -> None
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(DataError, match=r"fewstep\[diffusers\]"):
         open_family(folder)
+
+
+def test_another_scheduler_can_be_given(tmp_path: Path) -> None:
+    """How released SANA pipelines, which come with a multistep solver, are opened."""
+    pipe = qwen_image("static")
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
+    pipe.save_pretrained(tmp_path / "solver")
+    with pytest.raises(DataError, match="DPMSolverMultistepScheduler"):
+        open_family(tmp_path / "solver")
+    given = {"scheduler": scheduler("static")}
+    opened = open_family(tmp_path / "solver", components=given)
+    assert opened.sigmas(4, SIZE) == pytest.approx((1, 0.9, 0.75, 0.5, 0))

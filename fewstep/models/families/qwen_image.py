@@ -29,6 +29,7 @@ from fewstep.models.families.playback import (
     rounded_time,
     scheduler_grid,
 )
+from fewstep.models.families.spatial import draw_noise
 
 TOKEN = 16
 """Pixels along a side of one token: 8 of the autoencoder times a 2x2 patch."""
@@ -91,13 +92,11 @@ class QwenImage:
         return batch, tokens(size), self.pipe.transformer.config.in_channels
 
     def noise(self, batch: int, size: Size, generator: torch.Generator, /) -> Tensor:
-        from diffusers.utils.torch_utils import randn_tensor
-
         check_size(size, TOKEN)
         channels = self.pipe.transformer.config.in_channels // 4
         shape = (batch, 1, channels, size[0] // 8, size[1] // 8)
-        device, dtype = self.pipe.transformer.device, self.pipe.text_encoder.dtype
-        return pack(randn_tensor(shape, generator=generator, device=device, dtype=dtype)[:, 0])
+        dtype = self.pipe.text_encoder.dtype
+        return pack(draw_noise(shape, generator, like=self.pipe.transformer, dtype=dtype)[:, 0])
 
     def sigmas(self, n: int, size: Size, /, custom: Sequence[float] | None = None) -> Grid:
         scheduler = self.pipe.scheduler

@@ -31,6 +31,7 @@ from fewstep.models.families.playback import (
     scheduler_grid,
 )
 from fewstep.models.families.qwen_image import latent_statistics
+from fewstep.models.families.spatial import draw_noise
 
 TOKEN = 16
 """Pixels along a side of one token."""
@@ -129,12 +130,10 @@ class QwenImage21:
         return batch, self._tokens(size), self.pipe.transformer.config.in_channels
 
     def noise(self, batch: int, size: Size, generator: torch.Generator, /) -> Tensor:
-        from diffusers.utils.torch_utils import randn_tensor
-
         _, _, channels = self.noise_shape(batch, size)
         shape = (batch, 1, channels, size[0] // TOKEN, size[1] // TOKEN)
-        device, dtype = self.pipe.transformer.device, self.pipe.text_encoder.dtype
-        drawn = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        dtype = self.pipe.text_encoder.dtype
+        drawn = draw_noise(shape, generator, like=self.pipe.transformer, dtype=dtype)
         return drawn[:, 0].flatten(2).transpose(1, 2)
 
     def sigmas(self, n: int, size: Size, /, custom: Sequence[float] | None = None) -> Grid:

@@ -1,4 +1,4 @@
-"""Latents that stay images [b, c, h, w], and autoencoders that only scale and shift them."""
+"""Latents before any packing: their noise, and autoencoders that only scale and shift them."""
 
 from typing import Any
 
