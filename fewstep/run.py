@@ -256,7 +256,8 @@ def evaluate(run_dir: Path) -> None:
     contestants = make_contestants(run_dir, recipe, plan, domain)
     for name, rows in forget_changed(contestants, run_dir / "eval").items():
         say(f"{name} is not what was scored here before: its {rows} images are drawn again")
-    with clock("evaluate"), progress("evaluate", len(cases) * len(contestants)) as advance:
+    images = sum(case.task in player.nfe for player in contestants for case in cases)
+    with clock("evaluate"), progress("evaluate", images) as advance:
         run_evaluation(
             cases,
             contestants,
