@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.core.types import Task
+from fewstep.core.types import Batch, Task
 from fewstep.data.pools import Pool
 from fewstep.errors import CheckpointError, RunError
 from fewstep.models.cast import make_cast
@@ -336,3 +336,66 @@ def test_the_anchor_pulls_the_first_step_alone() -> None:
         for k in range(4)
     ]
     assert logged == [True, False, False, False]
+
+
+def replay(d: loop.Distillation, batch: Batch, k: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """x, t, eps and x_t of one update, drawn and computed by hand in the documented order."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(batch), *SHAPE, generator=g)
+    grid = (*d.plan.grid, 0.0)
+    for i in range(k + 1):
+        t = torch.full((len(batch),), grid[i])
+        answer = d.cast.student(x, t, batch.cond)
+        if i < k:
+            x = x + (grid[i + 1] - grid[i]) * (x - answer.detach()) / grid[i]
+    r = d.recipe.objective.renoise
+    u = torch.rand(len(batch), generator=g)
+    t = r.low + (r.high - r.low) * u
+    t = r.shift * t / (1 + (r.shift - 1) * t)
+    eps = torch.randn(len(batch), *SHAPE, generator=g)
+    t_ = t[:, None, None, None]
+    return answer, t, eps, (1 - t_) * answer.detach() + t_ * eps
+
+
+RENOISE = {"kind": "dmd", "renoise": {"low": 0.1, "high": 0.9, "shift": 2.0}}
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_the_fake_score_is_trained_on_re_noised_samples_of_the_student(k: int) -> None:
+    d = start(tiny_recipe(precision="fp32", objective=RENOISE))
+    batch, _ = d.draw("fake")
+    x, t, eps, x_t = replay(d, batch, k, seed=5)
+    noise = torch.Generator().manual_seed(5)
+    loss = step.update_fake(d.cast, batch, k, d.plan, d.recipe, noise)
+    v = (x_t - d.cast.fake(x_t, t, batch.cond)) / t[:, None, None, None]
+    torch.testing.assert_close(loss, (v - (eps - x.detach())).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_student_gradient_is_equation_7_by_hand(k: int) -> None:
+    """sum_i <dx_i, fake_i - real_i> / (n mean|x_i - real_i|), with CFG and lambda written out."""
+    d = start(tiny_recipe(precision="fp32", objective=RENOISE))
+    while (batch := d.draw("student")[0]).task != "t2i":
+        pass
+    x, t, _, x_t = replay(d, batch, k, seed=6)
+    with torch.no_grad():
+        guided = {}
+        for name, teacher in d.cast.teachers.items():
+            bare = teacher(x_t, t, batch.cond.without_text())
+            guided[name] = bare + 3.0 * (teacher(x_t, t, batch.cond) - bare)
+        late = {1: 0.0, 3: 1.0}[k]  # lambda of the text teacher for text; the base has the rest
+        share = torch.tensor([late * (c == "text") for c in batch.categories])[:, None, None, None]
+        real = (1 - share) * guided["base"] + share * guided["text"]
+        distance = (x - real).abs().mean((1, 2, 3), keepdim=True)
+        direction = (d.cast.fake(x_t, t, batch.cond) - real) / distance
+    (x * direction).sum().div(x.numel()).backward()
+    want = [p.grad.clone() for p in d.cast.student.parameters() if p.grad is not None]
+    d.cast.student.zero_grad(set_to_none=True)
+    loss, _ = step.update_student(
+        d.cast, batch, k, d.plan, d.recipe, torch.Generator().manual_seed(6)
+    )
+    loss.backward()
+    got = [p.grad for p in d.cast.student.parameters() if p.grad is not None]
+    assert len(want) == len(got)
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)

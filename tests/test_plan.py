@@ -24,14 +24,19 @@ from fewstep.recipe.schema import TASKS
 
 LAB = Path(__file__).parent.parent / "recipes" / "lab"
 FACTS = Facts(
-    bundled=frozenset({"base", "text", "edit"}),
+    bundled=frozenset({"base", "t2i", "edit"}),
     model=ModelSize(
         params=1000, image_tokens=16, text_tokens=4, source_tokens=16, width=8, depth=2
     ),
 )
 RECIPES = sorted(path.stem for path in LAB.glob("*.yaml") if not path.stem.startswith("teach"))
-STEPWISE = ({"base": 1.0}, {"base": 1.0}, {"base": 0.5, "text": 0.5}, {"text": 1.0})
+STEPWISE = ({"base": 1.0}, {"base": 1.0}, {"base": 0.5, "t2i": 0.5}, {"t2i": 1.0})
 BASE = ({"base": 1.0},) * 4
+BY_CATEGORY = {  # rules by task, by category and for everything, whatever the shipped recipe has
+    "guidance": "[{when: {task: t2i, category: text}, "
+    "weights: [{base: 1}, {base: 1}, {base: 0.5, t2i: 0.5}, {t2i: 1}]}, {when: {task: edit}, "
+    "weights: [{base: 1}, {base: 1}, {base: 0.5, edit: 0.5}, {edit: 1}]}, {weights: [{base: 1}]}]"
+}
 
 
 def plan_of(
@@ -83,37 +88,45 @@ def test_shift_moves_to_noise_for_s_above_1_and_back_with_its_inverse():
 
 def test_the_lambda_table_of_the_main_job():
     plan = plan_of()
-    assert plan.weights("t2i", "text") == STEPWISE
-    assert plan.weights("t2i", "landscape") == plan.weights("t2i", "portrait") == BASE
+    for category in ("landscape", "portrait", "text"):
+        assert plan.weights("t2i", category) == STEPWISE
     late = ({"base": 1.0}, {"base": 1.0}, {"base": 0.5, "edit": 0.5}, {"edit": 1.0})
     for category in ("scene", "enhance", "object", "text_edit", "identity", "style"):
         assert plan.weights("edit", category) == late
-    assert plan.condition("t2i", "text").cfg == {"base": 3.0, "text": 3.0}
+    assert plan.condition("t2i", "text").cfg == {"base": 3.0, "t2i": 3.0}
     assert plan.condition("edit", "style").cfg == {"base": 2.0, "edit": 2.0}
     assert len(plan.guidance) == 9
 
 
+def test_a_rule_by_category_leaves_the_others_to_the_last_rule():
+    plan = plan_of(BY_CATEGORY)
+    assert plan.weights("t2i", "text") == STEPWISE
+    assert plan.weights("t2i", "landscape") == plan.weights("t2i", "portrait") == BASE
+    assert plan.condition("t2i", "text").cfg == {"base": 3.0, "t2i": 3.0}
+    assert plan.condition("t2i", "portrait").cfg == {"base": 3.0}
+
+
 def test_the_first_matching_rule_wins():
     rules = "[{when: {task: edit}, weights: [{edit: 1}]}, {when: {category: text}, weights: "
-    rules += "[{text: 1}]}, {when: {task: t2i}, weights: [{base: 1}]}]"
+    rules += "[{t2i: 1}]}, {when: {task: t2i}, weights: [{base: 1}]}]"
     plan = plan_of({"guidance": rules})
     assert plan.weights("edit", "text_edit") == ({"edit": 1.0},) * 4
-    assert plan.weights("t2i", "text") == ({"text": 1.0},) * 4
+    assert plan.weights("t2i", "text") == ({"t2i": 1.0},) * 4
     assert plan.weights("t2i", "portrait") == BASE
     assert [plan.condition("t2i", c).rule for c in ("landscape", "text")] == [2, 1]
 
 
 def test_zero_weights_are_left_out_and_need_no_teacher_loaded():
-    plan = plan_of({"guidance": "[{weights: [{base: 1.0, text: 0.0, edit: 0}]}]"})
+    plan = plan_of({"guidance": "[{weights: [{base: 1.0, t2i: 0.0, edit: 0}]}]"})
     assert plan.weights("t2i", "text") == BASE
     assert plan.teachers == ("base",)
-    assert plan_of().teachers == ("base", "text", "edit")
+    assert plan_of().teachers == ("base", "t2i", "edit")
     anchored = {"objective.anchor.weight": "0.1", "student.init": "edit"}
     assert plan_of(anchored, file="e5_all").teachers == ("base", "edit")
 
 
 def test_weights_of_thirds_are_accepted():
-    third = "[{weights: [{base: 0.3333333, text: 0.3333333, edit: 0.3333334}]}]"
+    third = "[{weights: [{base: 0.3333333, t2i: 0.3333333, edit: 0.3333334}]}]"
     assert len(plan_of({"guidance": third}).weights("t2i", "text")[0]) == 3
 
 
@@ -149,7 +162,8 @@ def test_apportion_is_what_the_data_loader_draws():
     ],
 )
 def test_task_quotas_of_the_papers_ratios(file: str, t2i: int, edit: int):
-    plan = plan_of({"budget.updates": "300"}, file=file)
+    budget = {"budget.updates": "300", "budget.batch": "32", "budget.micro_batch": "32"}
+    plan = plan_of(budget, file=file)
     micro_batches = {quota.task: quota.micro_batches for quota in plan.tasks}
     assert (micro_batches["t2i"], micro_batches.get("edit", 0)) == (t2i, edit)
     batch = plan.batch.batch
@@ -201,7 +215,9 @@ def test_batch_arithmetic_over_devices():
 
 def test_cost_of_base_guidance_by_hand():
     """K = 4, n = 5, CFG: rollout 2.5, backward 2, real 2, fake 1, updates 5 (2.5 + 1 + 2)."""
-    plan = plan_of({"budget": "{updates: 7, batch: 10, micro_batch: 10}"}, file="guidance_base")
+    overrides = {"budget": "{updates: 7, batch: 10, micro_batch: 10}"}
+    overrides["objective.fake_updates"] = "5"
+    plan = plan_of(overrides, file="guidance_base")
     assert plan.cost.nfe_fake_updates == 27.5 and plan.cost.nfe_anchor == 0
     assert plan.cost.nfe_per_sample == pytest.approx(2.5 + 2 + 2 + 1 + 27.5)
     assert plan.cost.nfe_per_update == pytest.approx(350)
@@ -212,16 +228,21 @@ def test_cost_of_base_guidance_by_hand():
 
 
 def test_real_score_cost_counts_teachers_steps_cfg_and_shares():
-    # text: (2 + 2 + 4 + 2) / 4 = 2.5; t2i: (2 + 2 + 2.5) / 3; edit: 2.5
+    # step-wise: (2 + 2 + 4 + 2) / 4 = 2.5, here of every condition
     even = {"budget.updates": "300", "budget.batch": "30", "budget.micro_batch": "30"}
+    assert plan_of(even).cost.nfe_real == pytest.approx(2.5)
+    unguided = {f"teachers.{n}.cfg": "{t2i: 1, edit: 1}" for n in ("base", "t2i", "edit")}
+    assert plan_of(even | unguided).cost.nfe_real == pytest.approx(1.25)
+    # by category: text 2.5; t2i: (2 + 2 + 2.5) / 3; edit: 2.5
+    even |= BY_CATEGORY
     assert plan_of(even).cost.nfe_real == pytest.approx(((2 + 2 + 2.5) / 3 + 2.5) / 2)
-    unguided = {f"teachers.{n}.cfg": "{t2i: 1, edit: 1}" for n in ("base", "text", "edit")}
     assert plan_of(even | unguided).cost.nfe_real == pytest.approx(((1 + 1 + 1.25) / 3 + 1.25) / 2)
 
 
 def test_anchor_and_fake_updates_cost_what_they_do():
-    plain = plan_of().cost.nfe_per_sample
-    anchored = plan_of({"objective.anchor.weight": "0.1"}).cost.nfe_per_sample
+    five = {"objective.fake_updates": "5"}
+    plain = plan_of(five).cost.nfe_per_sample
+    anchored = plan_of(five | {"objective.anchor.weight": "0.1"}).cost.nfe_per_sample
     single = plan_of({"objective.fake_updates": "1"}).cost.nfe_per_sample
     assert anchored - plain == pytest.approx(5 * 2 / 4)
     assert plain - single == pytest.approx(4 * 5.5)
@@ -283,35 +304,45 @@ def test_the_papers_experiments_differ_where_they_should():
         plan = plan_of(file=file)
         assert set(samples(plan)) == expected and plan.teachers == ("base",)
         assert [quota.task for quota in plan.tasks] == ["t2i"]
-    assert plan_of(file="guidance_specialised").teachers == ("text",)
+    assert plan_of(file="guidance_specialised").teachers == ("t2i",)
     assert plan_of(file="guidance_base").weights("t2i", "text") == BASE
-    assert plan_of(file="guidance_stepwise").weights("t2i", "text") == STEPWISE
-    assert plan_of(file="guidance_stepwise").weights("t2i", "portrait") == BASE
-    assert plan_of(file="guidance_constant").weights("t2i", "text") == (
-        ({"base": 0.625, "text": 0.375},) * 4
-    )
+    constant = ({"base": 0.625, "t2i": 0.375},) * 4
+    for category in ("landscape", "portrait", "text"):
+        assert plan_of(file="guidance_stepwise").weights("t2i", category) == STEPWISE
+        assert plan_of(file="guidance_constant").weights("t2i", category) == constant
 
 
 def test_constant_mixing_spends_the_same_share_as_step_wise():
     """Otherwise the comparison of the two would be one of shares, not of order."""
     share = {
-        name: math.fsum(row.get("text", 0.0) for row in plan_of(file=name).weights("t2i", "text"))
+        name: math.fsum(row.get("t2i", 0.0) for row in plan_of(file=name).weights("t2i", "text"))
         for name in ("guidance_constant", "guidance_stepwise")
     }
     assert share["guidance_constant"] == share["guidance_stepwise"] == 1.5
 
 
-def test_the_tables_show_grid_lambda_quotas_and_cost():
+def table_lines(plan: Plan) -> list[str]:
     console = Console(width=160, file=io.StringIO())
     with console.capture() as captured:
-        console.print(render_plan(plan_of({"data.mixture": "{t2i: 9, edit: 1}"})))
-    lines = [" ".join(line.replace("│", " ").split()) for line in captured.get().splitlines()]
-    assert "t2i: text base base 0.5 base + 0.5 text text base 3, text 3" in lines
+        console.print(render_plan(plan))
+    return [" ".join(line.replace("│", " ").split()) for line in captured.get().splitlines()]
+
+
+def test_the_tables_show_conditions_of_a_task_apart_where_their_lambda_differs():
+    lines = table_lines(plan_of(BY_CATEGORY))
+    assert "t2i: text base base 0.5 base + 0.5 t2i t2i base 3, t2i 3" in lines
     assert "t2i: landscape, portrait base base base base base 3" in lines
+
+
+def test_the_tables_show_grid_lambda_quotas_and_cost():
+    lines = table_lines(plan_of({"data.mixture": "{t2i: 9, edit: 1}"}))
+    together = "t2i: landscape, portrait, text base base 0.5 base + 0.5 t2i t2i base 3, t2i 3"
+    assert together in lines
     assert any("k=1 t=0.9" in line and "k=3 t=0.5" in line for line in lines)
-    assert any(line.startswith("t2i 90 % 270 8,640") for line in lines)
-    assert any(line.startswith("edit 10 % 30 960") for line in lines)
-    assert "fake-score updates 27.50" in lines
+    # 300 updates x 32 / 16 = 600 micro-batches: 540 x 16 = 8640 and 60 x 16 = 960 samples
+    assert any(line.startswith("t2i 90 % 540 8,640") for line in lines)
+    assert any(line.startswith("edit 10 % 60 960") for line in lines)
+    assert "fake-score updates 16.50" in lines  # 3 (2.5 + 1 + 2)
 
 
 def test_recipe_and_plan_load_no_torch():
@@ -332,20 +363,20 @@ def rules(*rows: str, when: str = "") -> dict[str, str]:
     [
         # lambda
         (
-            {"guidance.0.weights.2.base": "0.4"},
+            BY_CATEGORY | {"guidance.0.weights.2.base": "0.4"},
             "guidance[0] (task=t2i, category=text): row k=2: lambda sums to 0.9, not 1; "
-            "in the same proportions: {base: 0.4444, text: 0.5556}",
+            "in the same proportions: {base: 0.4444, t2i: 0.5556}",
         ),
         (rules("{base: 0}"), "guidance[0] (everything): row k=0: lambda sums to 0, not 1; give"),
         (
-            rules("{base: 1.5, text: -0.5}"),
+            rules("{base: 1.5, t2i: -0.5}"),
             "row k=0: lambda of 'base' is 1.5; use a number in [0, 1]",
         ),
-        (rules("{text: -0.5, base: 1.0}"), "row k=0: lambda of 'text' is -0.5; use a number in"),
+        (rules("{t2i: -0.5, base: 1.0}"), "row k=0: lambda of 't2i' is -0.5; use a number in"),
         (
             {"guidance.1.weights.3": "{edits: 1}"},
             "guidance[1] (task=edit): row k=3: no teacher is called 'edits'; did you mean 'edit'? "
-            "known: base, text, edit",
+            "known: base, t2i, edit",
         ),
         (
             rules("{base: 1}", "{base: 1}", "{base: 1}"),
@@ -357,12 +388,12 @@ def rules(*rows: str, when: str = "") -> dict[str, str]:
         ),
         # rules
         (
-            {"guidance.0.when.category": "txt"},
+            BY_CATEGORY | {"guidance.0.when.category": "txt"},
             "guidance[0]: never applies: no pool has task=t2i, category=txt; the pools have "
             "t2i/landscape, t2i/portrait, t2i/text, edit/scene",
         ),
         (
-            {"guidance.0.when": "{task: t2i}"},
+            BY_CATEGORY | {"guidance.0.when": "{task: t2i}"},
             "guidance[2]: never applies: every condition it matches is taken by an earlier rule",
         ),
         (
@@ -370,20 +401,20 @@ def rules(*rows: str, when: str = "") -> dict[str, str]:
             "guidance: no rule matches edit/scene; let the last rule have no `when`",
         ),
         (
-            {"teachers.text.tasks": "[edit]", "teachers.text.cfg": "{edit: 2}"},
-            "guidance[0] (task=t2i, category=text): teacher 'text' is to guide t2i/text, but lacks "
+            BY_CATEGORY | {"teachers.t2i.tasks": "[edit]", "teachers.t2i.cfg": "{edit: 2}"},
+            "guidance[0] (task=t2i, category=text): teacher 't2i' is to guide t2i/text, but lacks "
             "the task 't2i'; teachers with t2i: base, edit",
         ),
         # teachers and student
         (
             {"student.init": "bsae"},
             "student.init: no teacher is called 'bsae'; did you mean 'base'? "
-            "known: base, text, edit",
+            "known: base, t2i, edit",
         ),
         (
-            {"teachers.text.weights": "bundled:texts"},
-            "teachers.text.weights: no bundled weights are called 'texts'; did you mean 'text'? "
-            "known: base, edit, text",
+            {"teachers.t2i.weights": "bundled:t2is"},
+            "teachers.t2i.weights: no bundled weights are called 't2is'; did you mean 't2i'? "
+            "known: base, edit, t2i",
         ),
         (
             {"teachers.base.cfg": "{t2i: 3}"},
@@ -399,8 +430,8 @@ def rules(*rows: str, when: str = "") -> dict[str, str]:
             "evaluation.models: 'best' is no model to evaluate; use student, teacher,",
         ),
         (
-            {"evaluation.models": "['teacher:texts']"},
-            "evaluation.models: 'teacher:texts' names no teacher; did you mean 'text'?",
+            {"evaluation.models": "['teacher:t2is']"},
+            "evaluation.models: 'teacher:t2is' names no teacher; did you mean 't2i'?",
         ),
         (
             {"evaluation.models": "['student:base']"},
@@ -453,9 +484,20 @@ def rules(*rows: str, when: str = "") -> dict[str, str]:
             "data.mixture: every weight is 0; use t2i: 1, edit: 1",
         ),
         (
-            {"data.mixture": "{t2i: 9, edit: 1}", "budget.updates": "3"},
+            {
+                "data.mixture": "{t2i: 9, edit: 1}",
+                "budget": "{updates: 3, batch: 32, micro_batch: 32}",
+            },
             "data.mixture: leaves 'edit' without a micro-batch: its share is 0.1 of 3; use "
             "budget.updates >= 10, or edit: 0",
+        ),
+        (  # 3 updates x 32 / 16 = 6 micro-batches; 10 of them are 5 updates
+            {
+                "data.mixture": "{t2i: 9, edit: 1}",
+                "budget": "{updates: 3, batch: 32, micro_batch: 16}",
+            },
+            "data.mixture: leaves 'edit' without a micro-batch: its share is 0.1 of 6; use "
+            "budget.updates >= 5, or edit: 0",
         ),
         (
             {"data.pools.text.category": "texts"},
@@ -478,11 +520,11 @@ def rules(*rows: str, when: str = "") -> dict[str, str]:
         (
             {
                 "objective.anchor.weight": "0.1",
-                "student.init": "text",
-                "teachers.text.tasks": "[t2i]",
-                "teachers.text.cfg": "{t2i: 3}",
+                "student.init": "t2i",
+                "teachers.t2i.tasks": "[t2i]",
+                "teachers.t2i.cfg": "{t2i: 3}",
             },
-            "objective.anchor: the teacher 'text' is to make the target, but lacks the task 'edit'",
+            "objective.anchor: the teacher 't2i' is to make the target, but lacks the task 'edit'",
         ),
         (
             {"budget.batch": "100", "budget.micro_batch": "32"},
@@ -565,8 +607,8 @@ def test_damaged_weights_are_refused_before_they_are_loaded(tmp_path: Path):
         Path(no_teacher).stem: "holds no teacher written by `fewstep teach`",
     }.items():
         path = tmp_path / f"{file}.safetensors"
-        recipe = load_recipe(LAB / "unified.yaml", {"teachers.text.weights": str(path)})
-        assert expected in gather_facts(recipe).weights_problems["text"]
+        recipe = load_recipe(LAB / "unified.yaml", {"teachers.t2i.weights": str(path)})
+        assert expected in gather_facts(recipe).weights_problems["t2i"]
         with pytest.raises(RecipeError) as caught:
             make_plan(
                 recipe,
@@ -575,7 +617,7 @@ def test_damaged_weights_are_refused_before_they_are_loaded(tmp_path: Path):
                     bundled=FACTS.bundled, weights_problems=gather_facts(recipe).weights_problems
                 ),
             )
-        assert str(caught.value).startswith("teachers.text.weights: ")
+        assert str(caught.value).startswith("teachers.t2i.weights: ")
         assert expected in str(caught.value)
 
 

@@ -54,13 +54,16 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_the_unified_recipe_holds_what_its_file_says():
     recipe = load_recipe(UNIFIED)
-    assert recipe.teachers["text"].weights == "bundled:text"
+    assert recipe.teachers["t2i"].weights == "bundled:t2i"
     assert recipe.teachers["base"].cfg == {"t2i": 3.0, "edit": 2.0}
     assert recipe.student.grid == ShiftGrid(kind="shift", steps=4, shift=3.0)
     assert recipe.data.mixture == {"t2i": 5.0, "edit": 5.0}
-    assert recipe.guidance[0].when.category == "text"
-    assert recipe.guidance[0].weights[2] == {"base": 0.5, "text": 0.5}
-    assert recipe.objective.fake_updates == 5
+    assert [(rule.when.task, rule.when.category) for rule in recipe.guidance] == [
+        ("t2i", None),
+        ("edit", None),
+    ]
+    assert recipe.guidance[0].weights[2] == {"base": 0.5, "t2i": 0.5}
+    assert recipe.objective.fake_updates == 3
     assert recipe.ema is not None and recipe.ema.decay == 0.98
 
 

@@ -200,6 +200,19 @@ def test_models_stand_in_the_order_of_the_paper(tmp_path):
     assert edit[0].startswith("source of") and edit[4].startswith("target of")
 
 
+def test_the_cut_teacher_is_the_strongest_of_those_with_the_students_evaluations():
+    def row(model: str, nfe: int, score: float | None) -> Row:
+        return Row(
+            model=model, nfe=nfe, task="t2i", category="text", case="x", prompt="", seed=0,
+            image="x.png", score=score, status="ok" if score else "unscored: refused", judge="o",
+        )  # fmt: skip
+
+    rows = [row("student", 4, 3.0), row("full", 80, 4.0), row("a-cut", 4, 2.0)]
+    assert findings.cast_models([*rows, row("b-cut", 4, 2.5)]).cut == "b-cut"
+    assert findings.cast_models([*rows, row("b-cut", 4, 1.5)]).cut == "a-cut"
+    assert findings.cast_models([*rows, row("b-cut", 4, None)]).cut == "a-cut"
+
+
 def test_roles_follow_evaluations_and_names():
     def cast(**nfe):
         return findings.cast_models([_row(name.replace("_", "-"), n) for name, n in nfe.items()])

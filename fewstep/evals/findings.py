@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 
 from fewstep.errors import DataError
 from fewstep.evals import stats
@@ -211,7 +212,9 @@ def cast_models(
 ) -> Cast:
     """Students are the models whose name starts with "student"; they come last in every table.
 
-    The reference is the other model with most evaluations, the first by name among equals.
+    The reference is the other model with most evaluations, the first by name among equals. The cut
+    teacher is one with the student's evaluations; of several the strongest, so that the student is
+    held against the best that its budget buys without training.
     """
     by_task: dict[str, dict[str, int]] = {}
     for row in rows:
@@ -229,7 +232,8 @@ def cast_models(
     if reference is None:
         reference = next(iter(others), None)
     shorter = [name for name in others if reference and nfe[name] < nfe[reference]]
-    shorter.sort(key=lambda name: (student is None or nfe[name] != nfe[student], nfe[name], name))
+    strength = {m: fmean([r.score or 1.0 for r in rows if r.model == m]) for m in shorter}
+    shorter.sort(key=lambda m: (student is None or nfe[m] != nfe[student], nfe[m], -strength[m], m))
     return Cast(tuple(models), by_task, reference, next(iter(shorter), None), student)
 
 
