@@ -14,6 +14,8 @@ from PIL import Image
 from fewstep.evals.grid import grid
 from fewstep.evals.rows import Row, read_rows
 
+NAMES = {"t2i": "T2I", "edit": "edit"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -25,14 +27,14 @@ def main() -> None:
     rows = read_rows(arguments.run / "eval" / "rows.jsonl").rows
     models = sorted({row.model for row in rows if "x2nfe" not in row.model}, key=_order(rows))
     lines, labels = [], []
-    for category, cases in _cases(rows).items():
+    for (task, category), cases in _cases(rows).items():
         cells: list[Image.Image | None] = []
         for case in cases[: arguments.per_category]:
             first = case[models[0]]
             cells.append(_open(arguments.run, first.source) if first.source else None)
             cells += [_open(arguments.run, case[model].image) for model in models]
         lines.append(cells)
-        labels.append(category.replace("_", " "))
+        labels.append(f"{NAMES[task]}: {category.replace('_', ' ')}")
     heads = ["source", *(model.replace("-", " ").replace("nfe", " NFE") for model in models)]
     picture = grid(
         lines,
@@ -50,12 +52,13 @@ def _order(rows: tuple[Row, ...]):
     return lambda model: (model.startswith("student"), -nfe[model], model)
 
 
-def _cases(rows: tuple[Row, ...]) -> dict[str, list[dict[str, Row]]]:
-    """Category to cases to rows by model, T2I first."""
-    found: dict[str, dict[tuple[str, int], dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+def _cases(rows: tuple[Row, ...]) -> dict[tuple[str, str], list[dict[str, Row]]]:
+    """Task and category to cases to rows by model, T2I first."""
+    found: dict[tuple[str, str], dict[tuple[str, int], dict[str, Row]]]
+    found = defaultdict(lambda: defaultdict(dict))
     for row in sorted(rows, key=lambda row: row.task != "t2i"):
-        found[row.category][row.case, row.seed][row.model] = row
-    return {category: list(cases.values()) for category, cases in found.items()}
+        found[row.task, row.category][row.case, row.seed][row.model] = row
+    return {key: list(cases.values()) for key, cases in found.items()}
 
 
 def _open(run: Path, path: str) -> Image.Image:
