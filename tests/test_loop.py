@@ -342,12 +342,11 @@ def replay(d: loop.Distillation, batch: Batch, k: int, seed: int) -> tuple[torch
     """x, t, eps and x_t of one update, drawn and computed by hand in the documented order."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(len(batch), *SHAPE, generator=g)
-    grid = (*d.plan.grid, 0.0)
-    for i in range(k + 1):
-        t = torch.full((len(batch),), grid[i])
-        answer = d.cast.student(x, t, batch.cond)
-        if i < k:
-            x = x + (grid[i + 1] - grid[i]) * (x - answer.detach()) / grid[i]
+    times = d.plan.grid
+    for now, then in zip(times[:k], times[1 : k + 1], strict=True):
+        clean = d.cast.student(x, torch.full((len(batch),), now), batch.cond).detach()
+        x = x + (then - now) * (x - clean) / now
+    answer = d.cast.student(x, torch.full((len(batch),), times[k]), batch.cond)
     r = d.recipe.objective.renoise
     u = torch.rand(len(batch), generator=g)
     t = r.low + (r.high - r.low) * u
