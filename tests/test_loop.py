@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -343,7 +344,7 @@ def replay(d: loop.Distillation, batch: Batch, k: int, seed: int) -> tuple[torch
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(len(batch), *SHAPE, generator=g)
     times = d.plan.grid
-    for now, then in zip(times[:k], times[1 : k + 1], strict=True):
+    for now, then in pairwise(times[: k + 1]):
         clean = d.cast.student(x, torch.full((len(batch),), now), batch.cond).detach()
         x = x + (then - now) * (x - clean) / now
     answer = d.cast.student(x, torch.full((len(batch),), times[k]), batch.cond)
