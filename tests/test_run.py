@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -262,6 +263,7 @@ def test_ctrl_c_says_where_the_state_is_and_a_resumed_run_equals_the_uninterrupt
     process = subprocess.Popen(
         # a long evaluation, so that the signal comes in time on any machine
         [sys.executable, "-m", "fewstep.cli", *arguments, "--set", "evaluation.per_category=999"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here: sums depend on the threads
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
