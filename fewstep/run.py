@@ -1,6 +1,7 @@
 """What each command does, top to bottom. The only module that knows every name."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -240,6 +241,9 @@ def make_teacher(recipe: TeachRecipe, domain: Domain) -> MMDiT:
 
 # --- evaluate and report --------------------------------------------------------------------------
 
+SEED_STRIDE = 1_000_003
+"""Between the seeds of one case, so that no two cases share one."""
+
 
 def evaluate(run_dir: Path) -> None:
     """Judge student and teachers on the evaluation split and write the report."""
@@ -249,9 +253,10 @@ def evaluate(run_dir: Path) -> None:
     domain = open_domain(recipe.data.source)
     spec = recipe.evaluation
     cases = [
-        case
+        replace(case, seed=case.seed + SEED_STRIDE * again)
         for task, category in recipe.data.conditions()
-        for case in domain.cases(task, category, spec.per_category * spec.seeds_per_case, spec.seed)
+        for case in domain.cases(task, category, spec.per_category, spec.seed)
+        for again in range(spec.seeds_per_case)
     ]
     contestants = make_contestants(run_dir, recipe, plan, domain)
     for name, rows in forget_changed(contestants, run_dir / "eval").items():

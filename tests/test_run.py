@@ -412,6 +412,22 @@ def test_a_teacher_falls_back_too_and_equals_the_uninterrupted_one(
 # --- evaluation and report ------------------------------------------------------------------------
 
 
+def test_seeds_per_case_draws_the_same_case_again_from_other_noise(
+    finished: Path, fewstep: Fewstep
+) -> None:
+    recipe = finished / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seeds_per_case: 1", "seeds_per_case: 2"))
+    assert fewstep("eval", finished).code == 0
+    lines = (finished / "eval" / "rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for model in {row["model"] for row in rows}:
+        twice = [row for row in rows if (row["model"], row["case"]) == (model, "t2i-portrait-0000")]
+        assert len({row["seed"] for row in twice}) == 2
+        assert len({row["prompt"] for row in twice}) == 1
+        one, other = ((finished / "eval" / row["image"]).read_bytes() for row in twice)
+        assert one != other
+
+
 def test_ctrl_c_in_an_evaluation_keeps_what_is_scored(finished: Path, fewstep: Fewstep) -> None:
     recipe, rows = finished / "recipe.yaml", finished / "eval" / "rows.jsonl"
     rows.unlink()
