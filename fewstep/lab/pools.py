@@ -1,6 +1,6 @@
 """Pools of the lab world: prompts as tokens, images as latents of the bundled autoencoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -108,10 +108,3 @@ def make_pool(
         torch.cat(sources) if sources else None,
         torch.cat(goals) if goals else None,
     )
-
-
-def make_pools(
-    sizes: Mapping[str, int], seed: int, autoencoder: Autoencoder, *, targets: bool = False
-) -> dict[str, Pool]:
-    """One pool a category."""
-    return {c: make_pool(c, n, seed, autoencoder, targets=targets) for c, n in sizes.items()}

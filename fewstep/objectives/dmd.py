@@ -10,7 +10,6 @@ No GAN. Everything is float32.
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -61,11 +60,3 @@ def fake_score_loss(fake: State, x: State) -> Float[Tensor, ""]:
 def fake_velocity_loss(predicted_v: State, x: State, eps: State) -> Float[Tensor, ""]:
     """Flow matching (eq. 2) of the fake score on the student's samples: || v - (eps - x) ||^2."""
     return F.mse_loss(predicted_v.float(), velocity(x.detach().float(), eps.float()))
-
-
-def mean_absolute(x: State) -> Float[Tensor, " b"]:
-    return x.detach().abs().flatten(1).mean(1)
-
-
-def is_finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
