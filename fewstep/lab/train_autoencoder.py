@@ -1,6 +1,7 @@
 """Trains the lab's autoencoder on renders.
 
-`python -m fewstep.lab.train_autoencoder --minutes 8 --out FILE`. The bundled weights came from this procedure, run as a script before it lived here.
+`python -m fewstep.lab.train_autoencoder --minutes 8 --out FILE`. The bundled
+weights came from this procedure, run as a script before it lived here.
 """
 
 import argparse
