@@ -407,3 +407,25 @@ def test_the_student_gradient_is_equation_7_by_hand(k: int) -> None:
     assert len(want) == len(got)
     for a, b in zip(want, got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_the_anchor_is_the_velocity_to_where_the_teacher_has_walked() -> None:
+    """By hand: two of eight guided Euler steps from the same noise; the student's slope there."""
+    objective = {"kind": "dmd", "anchor": {"weight": 1.0, "steps": 2, "of": 8}}
+    d = start(tiny_recipe(precision="fp32", objective=objective))
+    while (batch := d.draw("student")[0]).task != "t2i":
+        pass
+    noise = torch.randn(len(batch), *SHAPE, generator=torch.Generator().manual_seed(4))
+    ones = torch.ones(len(batch))
+    base, state = d.cast.teachers["base"], noise
+    with torch.no_grad():
+        for now, then in pairwise((1.0, 7 / 8, 6 / 8)):
+            bare = base(state, now * ones, batch.cond.without_text())
+            clean = bare + 3.0 * (base(state, now * ones, batch.cond) - bare)
+            state = state + (then - now) * (state - clean) / now
+    x = d.cast.student(noise, ones, batch.cond)
+    got = step.first_step_loss(d.cast, batch, noise, x, d.plan, d.recipe)
+    slope, wanted = noise - x, (noise - state) / (1 - 6 / 8)
+    torch.testing.assert_close(got, (slope - wanted).square().mean(), rtol=1e-4, atol=1e-5)
+    (grad,) = torch.autograd.grad(got, x)
+    torch.testing.assert_close(grad, -2 * (slope - wanted) / x.numel(), rtol=1e-4, atol=1e-6)

@@ -423,6 +423,20 @@ BREAKAGES = [
         "pass",
         "tests/test_loop.py::test_resume_needs_every_part_of_the_state",
     ),
+    Breakage(
+        "anchor-velocity-sign",
+        "objectives/anchor.py",
+        "return (noise.float() - anchor.float()) / (1 - t_anchor)",
+        "return (anchor.float() - noise.float()) / (1 - t_anchor)",
+        "tests/test_loop.py::test_the_anchor_is_the_velocity_to_where_the_teacher_has_walked",
+    ),
+    Breakage(
+        "anchor-one-step-short",
+        "train/step.py",
+        "[: anchor.steps + 1]",
+        "[: anchor.steps]",
+        "tests/test_loop.py::test_the_anchor_is_the_velocity_to_where_the_teacher_has_walked",
+    ),
 ]
 
 

@@ -1,6 +1,5 @@
 """Pools of the lab world: prompts as tokens, images as latents of the bundled autoencoder."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -71,7 +70,6 @@ def make_pool(
     autoencoder: Autoencoder,
     *,
     targets: bool = False,
-    on_progress: Callable[[int], None] = lambda done: None,
 ) -> Pool:
     """`size` training cases of a category. Targets (for teachers) are drawn only when asked for."""
     rng = np.random.default_rng([seed, list(TASK_OF).index(category)])
@@ -97,7 +95,6 @@ def make_pool(
             sources.append(encode_images(autoencoder, before))
         if targets:
             goals.append(encode_images(autoencoder, after))
-        on_progress(start + count)
     text, lengths = pad_tokens(tokens)
     return Pool(
         TASK_OF[category],
