@@ -65,6 +65,9 @@ class TeachRecipe(Strict):
     mixture: dict[Task, Share]
     drop_text: Fraction = 0.1
     """Share of micro-batches trained without text, for classifier-free guidance."""
+    time_shift: Positive = 1.0
+    """Static shift of the logit-normal training times; above 1 more of them are noisy, where the
+    prompt decides what is drawn (letters most of all)."""
     optim: TeachOptim = TeachOptim()
     budget: TeachBudget
     ema: Fraction = 0.998

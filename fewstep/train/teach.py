@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.core.process import add_noise, velocity
+from fewstep.core.process import add_noise, shift_time, velocity
 from fewstep.core.types import Condition, Task
 from fewstep.data.mixture import Mixture
 from fewstep.data.pools import Pool, gather
@@ -100,11 +100,11 @@ def draw_batch(teaching: Teaching) -> Draw:
 
 
 def flow_matching_loss(
-    model: MMDiT, x_0: Tensor, cond: Condition, generator: torch.Generator
+    model: MMDiT, x_0: Tensor, cond: Condition, generator: torch.Generator, *, shift: float = 1.0
 ) -> Tensor:
-    """E || v_theta(x_t, t, c) - (eps - x_0) ||^2 with logit-normal t (arXiv 2403.03206)."""
+    """E || v_theta(x_t, t, c) - (eps - x_0) ||^2 at logit-normal t (arXiv 2403.03206)."""
     eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-    t = torch.sigmoid(torch.randn(len(x_0), generator=generator)).to(x_0.device)
+    t = shift_time(torch.sigmoid(torch.randn(len(x_0), generator=generator)), shift).to(x_0.device)
     v = model.predict_v(add_noise(x_0, eps, t), t, cond)
     return F.mse_loss(v, velocity(x_0, eps))
 
@@ -129,7 +129,9 @@ def teach(
             lr = learning_rate(recipe, teaching.step)
             x_0, cond = x_0.to(device), cond.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = flow_matching_loss(model, x_0, cond, teaching.generator)
+                loss = flow_matching_loss(
+                    model, x_0, cond, teaching.generator, shift=recipe.time_shift
+                )
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip)
             if not torch.isfinite(norm):
