@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from fewstep.errors import DiskError, FewstepError, Interrupted, RecipeError
+from fewstep.prompts.cli import app as prompts
 
 
 class Commands(TyperGroup):
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 lab = typer.Typer(help="The bundled lab.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
+app.add_typer(prompts, name="prompts")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, see recipes/.")]
 Overrides = Annotated[
@@ -62,7 +64,13 @@ def plan(
     from fewstep.recipe.plan import make_plan
     from fewstep.recipe.render import render_plan
 
-    made = make_plan(load_recipe(recipe, parse_overrides(overrides)), local_machine(devices))
+    asked = load_recipe(recipe, parse_overrides(overrides))
+    if asked.model.is_real:
+        from fewstep.real.size import plan_real
+
+        made = plan_real(asked, devices=devices, on_paper=True)
+    else:
+        made = make_plan(asked, local_machine(devices))
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
     else:
@@ -87,6 +95,50 @@ def distill(
 
 
 @app.command()
+def sweep(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="See recipes/studies/.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The study's folder (runs/NAME).")
+    ] = None,
+    overrides: Overrides = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells at a time (one per GPU; 1 on a CPU).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Predict what the study costs and stop.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option(help="Time a few updates on this machine for the prediction.")
+    ] = True,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Delete and rerun cells of other code or recipes.")
+    ] = False,
+    cell: Annotated[
+        int | None, typer.Option(min=0, help="Run this cell alone, for cluster jobs.")
+    ] = None,
+    emit: Annotated[
+        str | None, typer.Option(metavar="slurm|torchrun|shell", help="Print a script instead.")
+    ] = None,
+) -> None:
+    """Run a study: every variant with every seed, each a run of its own; goes on where it was."""
+    from fewstep.sweep.command import sweep as run_sweep
+    from fewstep.sweep.emit import check_target
+
+    run_sweep(
+        study,
+        out=out,
+        overrides=parse_overrides(overrides),
+        environment=os.environ,
+        jobs=jobs,
+        dry_run=dry_run,
+        measure_first=measure,
+        redo=redo,
+        only=cell,
+        target=check_target(emit),
+    )
+
+
+@app.command()
 def teach(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A teacher's configuration.")],
     out: Out,
@@ -98,6 +150,27 @@ def teach(
 
     with keeping_state(out):
         run.teach(config, out=out, overrides=parse_overrides(overrides), resume=resume)
+
+
+@app.command()
+def cache(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read what is there, and encode damaged files again.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="List and delete what this recipe does not use.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what is missing and its size, and stop.")
+    ] = False,
+) -> None:
+    """Encode the prompts and source images of a recipe for real models."""
+    from fewstep import run
+
+    changes = parse_overrides(overrides)
+    run.cache(recipe, overrides=changes, verify=verify, prune=prune, dry_run=dry_run)
 
 
 @app.command()
@@ -143,11 +216,55 @@ def evaluate(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run 
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Write report.html, results.md and results.csv from an evaluated run."""
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run or study folder.")],
+) -> None:
+    """Write report.html, results.md and results.csv from an evaluated run or a study."""
+    if (run_dir / "study.json").is_file():
+        from fewstep.study_report.write import write_study_report
+
+        written = write_study_report(run_dir)
+        typer.echo(f"verdicts: {written.verdicts}\nreport: {written.html}")
+        return
     from fewstep import run
 
     run.report(run_dir)
+
+
+@app.command()
+def recommend(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Study folders.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.")] = Path(
+        "recommended.yaml"
+    ),
+) -> None:
+    """Write the recipe that finished studies support, with the evidence as comments."""
+    from fewstep.study_report.recommend import recommend as write_recommendation
+
+    typer.echo(f"recipe: {write_recommendation(studies, out)}")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    to: Annotated[
+        str,
+        typer.Option(help="diffusers (a whole pipeline), lora (diffusers' names) or comfyui."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write; RUN/export/TO.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; else as base or LoRA are stored.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Where the base lies now, if it has moved.")
+    ] = None,
+) -> None:
+    """Write the student for stock tools: diffusers or ComfyUI, with a model card."""
+    from fewstep import run
+
+    run.export(run_dir, to=to, out=out, dtype=dtype, base=base)
 
 
 @lab.command()

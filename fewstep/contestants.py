@@ -9,31 +9,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.core.types import Condition, Task
-from fewstep.domain import Domain
+from fewstep.core.types import Condition, Denoiser, Task
+from fewstep.ensemble import Ensemble
 from fewstep.errors import RecipeError, RunError, did_you_mean
 from fewstep.evals.runner import Contestant, Draw
 from fewstep.guidance import classifier_free
-from fewstep.models.lab import MMDiT, load_mmdit
-from fewstep.recipe.facts import weights_path
 from fewstep.recipe.plan import Plan
 from fewstep.recipe.schema import Recipe
 from fewstep.samplers import sample, shifted_grid
-from fewstep.session import compute_device, stamp_of
+from fewstep.session import stamp, stamp_of
 
 
-def make_contestants(run_dir: Path, recipe: Recipe, plan: Plan, domain: Domain) -> list[Contestant]:
+def make_contestants(
+    run_dir: Path, recipe: Recipe, plan: Plan, ensemble: Ensemble
+) -> list[Contestant]:
     """The models that `evaluation.models` names."""
     found: list[Contestant] = []
     for wanted in recipe.evaluation.models:
         kind, _, name = wanted.partition(":")
         name = name or recipe.student.init
         if kind == "student":
-            found.append(play_student(student_weights(run_dir), recipe, plan, domain))
+            found.append(play_student(student_weights(run_dir), recipe, plan, ensemble))
         elif kind == "teacher":
-            found.append(play_teacher(name, recipe, domain))
+            found.append(play_teacher(name, recipe, ensemble))
         else:
-            found += play_cut_teacher(name, recipe, plan, domain)
+            found += play_cut_teacher(name, recipe, plan, ensemble)
     names = [contestant.name for contestant in found]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise RecipeError(
@@ -44,20 +44,20 @@ def make_contestants(run_dir: Path, recipe: Recipe, plan: Plan, domain: Domain) 
     return found
 
 
-def play_student(weights: Path, recipe: Recipe, plan: Plan, domain: Domain) -> Contestant:
+def play_student(weights: Path, recipe: Recipe, plan: Plan, ensemble: Ensemble) -> Contestant:
     """The student on the grid it was trained on, without guidance."""
     k = len(plan.grid)
-    model = load_fitting(weights, domain, field="student")
+    model = ensemble.student(weights)
     return Contestant(
         f"student-{k}nfe",
         {"t2i": k, "edit": k},
-        sampler(model, NO_GUIDANCE, plan.grid, recipe.precision),
+        sampler(model, NO_GUIDANCE, plan.grid, recipe.precision, ensemble.device),
         stamp_of(weights, plan.grid, recipe.precision),
     )
 
 
 def play_teacher(
-    name: str, recipe: Recipe, domain: Domain, *, steps: int | None = None
+    name: str, recipe: Recipe, ensemble: Ensemble, *, steps: int | None = None
 ) -> Contestant:
     """A teacher with its own guidance and grid, in `steps` or in as many as the recipe says."""
     if name not in recipe.teachers:
@@ -67,29 +67,27 @@ def play_teacher(
             hint=did_you_mean(name, recipe.teachers),
         )
     teacher, label = recipe.teachers[name], label_of(name, recipe)
-    weights = weights_path(teacher.weights)
-    model = load_fitting(weights, domain, field=f"teachers.{name}.weights")
-    grid = shifted_grid(steps or teacher.steps, teacher.shift)
+    model, own = ensemble.teacher(name), ensemble.teacher_identity(name)
+    grid = ensemble.teacher_grid(name, steps or teacher.steps)
     nfe = evaluations(teacher.cfg, len(grid))
     return Contestant(
         f"{label}-{max(nfe.values())}nfe",
         nfe,
-        sampler(model, teacher.cfg, grid, recipe.precision),
-        stamp_of(weights, grid, teacher.cfg, recipe.precision),
+        sampler(model, teacher.cfg, grid, recipe.precision, ensemble.device),
+        stamp(own, grid, teacher.cfg, recipe.precision),
     )
 
 
-def play_cut_teacher(name: str, recipe: Recipe, plan: Plan, domain: Domain) -> list[Contestant]:
+def play_cut_teacher(name: str, recipe: Recipe, plan: Plan, ensemble: Ensemble) -> list[Contestant]:
     """A teacher at the student's evaluations: every step without guidance, or half of them with."""
     teacher, label, k = recipe.teachers[name], label_of(name, recipe), len(plan.grid)
-    weights = weights_path(teacher.weights)
-    model = load_fitting(weights, domain, field=f"teachers.{name}.weights")
+    model, own = ensemble.teacher(name), ensemble.teacher_identity(name)
     found = [
         Contestant(
             f"{label}-{k}nfe",
-            {"t2i": k, "edit": k},
-            sampler(model, NO_GUIDANCE, plan.grid, recipe.precision),
-            stamp_of(weights, plan.grid, recipe.precision),
+            dict.fromkeys(teacher.tasks, k),
+            sampler(model, NO_GUIDANCE, plan.grid, recipe.precision, ensemble.device),
+            stamp(own, plan.grid, recipe.precision),
         )
     ]
     if k % 2 == 0:
@@ -98,8 +96,8 @@ def play_cut_teacher(name: str, recipe: Recipe, plan: Plan, domain: Domain) -> l
             Contestant(
                 f"{label}-{k // 2}x2nfe",
                 evaluations(teacher.cfg, k // 2),
-                sampler(model, teacher.cfg, half, recipe.precision),
-                stamp_of(weights, half, teacher.cfg, recipe.precision),
+                sampler(model, teacher.cfg, half, recipe.precision, ensemble.device),
+                stamp(own, half, teacher.cfg, recipe.precision),
             )
         )
     return found
@@ -109,14 +107,17 @@ NO_GUIDANCE: Mapping[Task, float] = {"t2i": 1.0, "edit": 1.0}
 
 
 def sampler(
-    model: MMDiT, cfg: Mapping[Task, float], grid: tuple[float, ...], precision: str
+    model: Denoiser,
+    cfg: Mapping[Task, float],
+    grid: tuple[float, ...],
+    precision: str,
+    device: torch.device,
 ) -> Draw:
     @torch.inference_mode()
     def draw(noise: Tensor, cond: Condition, task: Task) -> Tensor:
         def guided(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
             return classifier_free(model, x_t, t, c, cfg[task])
 
-        device = next(model.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return sample(guided, noise.to(device), cond.to(device), grid).cpu()
 
@@ -140,23 +141,3 @@ def student_weights(run_dir: Path) -> Path:
             f"{run_dir / 'recipe.yaml'} --out {run_dir} --resume` goes on"
         )
     return path
-
-
-def load_fitting(weights: Path, domain: Domain, *, field: str) -> MMDiT:
-    """A model whose latents and text are those of the domain, on this machine's device.
-
-    RecipeError for a model of another family.
-    """
-    model = load_mmdit(weights)
-    channels, side, _ = domain.sample_shape
-    needed = {"channels": channels, "grid": side, "vocabulary": 0, "text_width": 0}
-    needed |= domain.text_sizes()
-    found = {name: getattr(model.config, name) for name in needed}
-    if wrong := [name for name in needed if found[name] != needed[name]]:
-        told = ", ".join(f"{name} {found[name]} instead of {needed[name]}" for name in wrong)
-        raise RecipeError(
-            f"{weights} is of another family than the data: {told}",
-            field=field,
-            hint="use weights that `fewstep teach` made with the same source",
-        )
-    return model.to(compute_device())

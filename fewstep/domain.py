@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from fewstep.core.types import Condition, Task
-from fewstep.data.pools import Pool
+from fewstep.data.pools import AnyPool, Pool
 
 Images = np.ndarray
 """uint8 [n, h, w, 3]"""
@@ -44,27 +44,29 @@ class Verdict:
 @runtime_checkable
 class Domain(Protocol):
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a state."""
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one state: channels, height and width, or tokens and channels."""
         ...
 
     @property
-    def image_size(self) -> int:
-        """Side of an image in pixels."""
-        ...
-
-    def text_sizes(self) -> dict[str, int]:
-        """What a network needs to know of the text: vocabulary or text_width, and max_text."""
+    def image_size(self) -> int | None:
+        """Side of an image in pixels; None where sources are taken as they are."""
         ...
 
     @property
     def judge_name(self) -> str: ...
 
-    def pool(self, category: str, size: int, seed: int, *, task: Task, targets: bool) -> Pool:
+    def pool(self, category: str, size: int, seed: int, *, task: Task, targets: bool) -> AnyPool:
         """Training prompts of a category; `targets` adds the latents that teachers train on."""
         ...
 
-    def condition(self, prompts: Sequence[str], sources: Images | None) -> Condition: ...
+    def condition(self, prompts: Sequence[str], sources: Sequence[np.ndarray] | None) -> Condition:
+        """`sources` are one image uint8 [h, w, 3] for each prompt."""
+        ...
+
+    def noise(self, seed: int) -> Tensor:
+        """The starting noise of one image."""
+        ...
 
     def decode(self, latents: Tensor) -> Images: ...
 
@@ -73,3 +75,14 @@ class Domain(Protocol):
     ) -> list[Case]: ...
 
     def judge(self, images: Images, cases: Sequence[Case]) -> list[Verdict]: ...
+
+
+@runtime_checkable
+class TeachableDomain(Domain, Protocol):
+    """A world that an `MMDiT` can be trained for."""
+
+    def text_sizes(self) -> dict[str, int]:
+        """What a network needs to know of the text: vocabulary or text_width, and max_text."""
+        ...
+
+    def pool(self, category: str, size: int, seed: int, *, task: Task, targets: bool) -> Pool: ...

@@ -48,6 +48,17 @@ class RunError(FewstepError):
     exit_code = 5
 
 
+class CellsFailed(FewstepError):
+    """A sweep came to its end, but some of its cells failed. Exits with 10 + their number."""
+
+    def __init__(self, failed: int, total: int, lines: Iterable[str]) -> None:
+        self.exit_code = min(10 + failed, 99)
+        listed = "\n".join(f"  {line}" for line in lines)
+        super().__init__(
+            f"{failed} of {total} cells failed; the same command tries them again\n{listed}"
+        )
+
+
 class Interrupted(FewstepError):
     """The user stopped the run (Ctrl-C); the message says where the state is kept."""
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fewstep.core.types import Condition, Denoiser
+from fewstep.core.types import Condition, Denoiser, GuidedDenoiser
 
 Weights = Mapping[str, float]
 """lambda_m by teacher name, for one condition and one step."""
@@ -18,8 +18,11 @@ def classifier_free(
     """uncond + s (cond - uncond), in x_0. s = 1 is no guidance and costs one evaluation.
 
     On the linear path x_0 is affine in v and in the score at fixed (x_t, t), so it does not matter
-    in which of the three the combination is taken.
+    in which of the three the combination is taken. A denoiser with a rule of its own is asked for
+    it: some rules (such as the renormalised one of Qwen-Image) act on v and mean nothing in x_0.
     """
+    if isinstance(denoiser, GuidedDenoiser):
+        return denoiser.guided(x_t, t, cond, scale)
     conditional = denoiser(x_t, t, cond)
     if scale == 1.0:
         return conditional

@@ -28,8 +28,9 @@ def read_prompts(path: Path | None) -> list[str]:
     return found
 
 
-def open_source(path: Path, size: int) -> np.ndarray:
-    """An image to edit as uint8 [size, size, 3], its largest centred square. Tells what changed."""
+def open_source(path: Path, size: int | None) -> np.ndarray:
+    """An image to edit as uint8 [size, size, 3], its largest centred square, or as it is where
+    `size` is None. Tells what changed."""
     try:
         image, converted = read_rgb(path.read_bytes())
     except UnidentifiedImageError:
@@ -41,6 +42,8 @@ def open_source(path: Path, size: int) -> np.ndarray:
         raise DataError(f"source image {path}: cannot be read ({reason})") from None
     if converted:
         say(f"source image {path}: {converted}")
+    if size is None:
+        return np.asarray(image)
     if min(image.size) < size:
         say(
             f"source image {path}: {image.width} x {image.height} pixels, enlarged to {size} x "

@@ -1,11 +1,11 @@
 """What each command does, top to bottom. The only module that knows every name."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -13,7 +13,6 @@ from rich.table import Table
 
 from fewstep.contestants import (
     NO_GUIDANCE,
-    load_fitting,
     make_contestants,
     play_student,
     play_teacher,
@@ -21,22 +20,34 @@ from fewstep.contestants import (
     student_weights,
 )
 from fewstep.core.types import Task
-from fewstep.data.pools import Pool
-from fewstep.domain import Domain
+from fewstep.data.pools import AnyPool, Pool
+from fewstep.domain import Domain, TeachableDomain
+from fewstep.ensemble import Ensemble, LabEnsemble, load_fitting
 from fewstep.errors import RecipeError, RunError
 from fewstep.evals.grid import grid
-from fewstep.evals.preview import Preview, sources_of
+from fewstep.evals.preview import Preview
+from fewstep.evals.probe import Probe
 from fewstep.evals.report import write_report
-from fewstep.evals.runner import Contestant, forget_changed, noise_of
+from fewstep.evals.runner import Contestant, forget_changed, noise_of, sources_of
 from fewstep.evals.runner import evaluate as run_evaluation
+from fewstep.export import write as exporting
+from fewstep.export.run_folder import read_history, read_student
+from fewstep.export.schedule import SCHEDULER
 from fewstep.inputs import check_picture, open_source, read_prompts
-from fewstep.models.cast import make_cast
 from fewstep.models.lab import MMDiT, MMDiTConfig, save_weights
+from fewstep.real.pipelines import Pipelines
 from fewstep.recipe.facts import local_machine, weights_path
 from fewstep.recipe.load import dump_yaml, load_recipe, load_yaml
 from fewstep.recipe.plan import Plan, make_plan
 from fewstep.recipe.render import render_plan
-from fewstep.recipe.schema import LAB_CATEGORIES, FolderSource, Recipe, Source
+from fewstep.recipe.schema import (
+    LAB_CATEGORIES,
+    WITH_REAL_IMAGES,
+    FolderSource,
+    ImageSource,
+    PromptSource,
+    Recipe,
+)
 from fewstep.recipe.teach import TeachRecipe, check_teach
 from fewstep.samplers import shifted_grid
 from fewstep.session import (
@@ -71,23 +82,22 @@ def distill(
     console.print(render_plan(plan))
     if dry_run:
         return
-    claim(out, identity_of(recipe, plan), resume=resume)
+    ensemble = open_ensemble(recipe)
+    claim(out, identity_of(recipe, plan, ensemble), resume=resume)
     write_text(out / "recipe.yaml", dump_yaml(recipe))
     write_text(out / "plan.json", plan.model_dump_json(indent=2))
     clock = Clock(out)
     torch.manual_seed(recipe.seed)
 
     with clock("prepare data and teachers"):
-        domain = open_domain(recipe.data.source)
-        teachers = load_teachers(recipe, plan, domain)
-        init = teachers[recipe.student.init]
-        pools = make_pools(recipe, domain)
-        state = loop.Distillation(
-            make_cast(init, teachers), pools, recipe, plan, domain.sample_shape
-        )
+        domain = ensemble.domain
+        pools = make_pools(recipe, domain, clock)
+        cast = ensemble.cast(needed(recipe, plan))
+        state = loop.Distillation(cast, pools, recipe, plan, domain.sample_shape)
         preview = Preview(
             domain, recipe.data.conditions(), recipe.log.sample_seeds, seed=recipe.seed + 77
         )
+        probe = make_probe(recipe, ensemble, domain, out)
     if resume:
         say(loop.resume(state, out))
         say(f"resumed at update {state.step} of {plan.updates}")
@@ -97,33 +107,54 @@ def distill(
             advance(step, " ".join(f"{k} {metrics[k]:.3f}" for k in SHOWN if k in metrics))
 
         def on_sample(step: int) -> None:
-            draw = sampler(loop.result_of(state), NO_GUIDANCE, plan.grid, recipe.precision)
-            save_image(preview.draw(draw), out / "images" / f"step_{step:06d}.png")
+            with loop.averaged_student(state) as student:
+                draw = sampler(student, NO_GUIDANCE, plan.grid, recipe.precision, ensemble.device)
+                save_image(preview.draw(draw), out / "images" / f"step_{step:06d}.png")
 
-        loop.distil(state, out, on_step=on_step, on_sample=on_sample)
-    save_weights(
-        loop.result_of(state),
-        out / "student.safetensors",
-        config=init.config,
-        about={
-            "recipe": recipe.name,
-            "recipe_hash": plan.recipe_hash,
-            "updates": plan.updates,
-            "grid": plan.grid,
-        },
-    )
+        def on_probe(step: int) -> dict[str, float]:
+            if probe is None:
+                return {}
+            with loop.averaged_student(state) as student:
+                draw = sampler(student, NO_GUIDANCE, plan.grid, recipe.precision, ensemble.device)
+                found = probe.measure(step, draw)
+            say(probe.alarm(step, found))
+            return found
+
+        loop.distil(state, out, on_step=on_step, on_sample=on_sample, on_probe=on_probe)
+    about = {
+        "recipe": recipe.name,
+        "recipe_hash": plan.recipe_hash,
+        "updates": plan.updates,
+        "grid": plan.grid,
+    }
+    with loop.averaged_student(state) as student:
+        ensemble.save(student, out / "student.safetensors", about)
     samples = plan.updates * plan.batch.batch
     clock.note(updates=plan.updates, recipe_hash=plan.recipe_hash, samples=samples)
-    evaluate(out)
+    evaluate(out, ensemble)
 
 
 SHOWN = ("loss/fake", "grad_norm/student", "grad_norm/fake")
 
 
-def identity_of(recipe: Recipe, plan: Plan) -> dict[str, str]:
+def make_probe(recipe: Recipe, ensemble: Ensemble, domain: Domain, out: Path) -> Probe | None:
+    """What `log.probe` asks for, of the tasks that are trained and that the base teacher knows."""
+    if recipe.log.probe is None:
+        return None
+    teacher = recipe.teachers[recipe.student.init]
+    trained = {task for task, share in recipe.data.mixture.items() if share > 0}
+    conditions = [c for c in recipe.data.conditions() if c[0] in trained & set(teacher.tasks)]
+    name = recipe.student.init
+    base, grid = ensemble.teacher(name), ensemble.teacher_grid(name, teacher.steps)
+    draw = sampler(base, teacher.cfg, grid, recipe.precision, ensemble.device)
+    return Probe(
+        domain, conditions, recipe.log.probe, draw, seed=recipe.seed + 78, out=out / "probe"
+    )
+
+
+def identity_of(recipe: Recipe, plan: Plan, ensemble: Ensemble) -> dict[str, str]:
     """What decides the student: the recipe, and the weights that it names."""
-    weights = {name: weights_path(recipe.teachers[name].weights) for name in needed(recipe, plan)}
-    stamps = {f"teachers.{name}.weights": stamp_of(path) for name, path in weights.items()}
+    stamps = {f"teachers.{n}.weights": ensemble.teacher_identity(n) for n in needed(recipe, plan)}
     return {"recipe": plan.recipe_hash} | stamps
 
 
@@ -132,18 +163,8 @@ def needed(recipe: Recipe, plan: Plan) -> list[str]:
     return sorted({*plan.teachers, recipe.student.init})
 
 
-def load_teachers(recipe: Recipe, plan: Plan, domain: Domain) -> dict[str, MMDiT]:
-    """By name, each made for the same latents and text as the data."""
-    return {
-        name: load_fitting(
-            weights_path(recipe.teachers[name].weights), domain, field=f"teachers.{name}.weights"
-        )
-        for name in needed(recipe, plan)
-    }
-
-
-def make_pools(recipe: Recipe, domain: Domain) -> dict[str, Pool]:
-    """Every pool that has a share of the mixture."""
+def make_pools(recipe: Recipe, domain: Domain, clock: Clock) -> dict[str, AnyPool]:
+    """Every pool that has a share of the mixture; the summary says how long each took."""
     used = {
         name
         for task, composition in recipe.data.composition.items()
@@ -152,15 +173,19 @@ def make_pools(recipe: Recipe, domain: Domain) -> dict[str, Pool]:
         if weight > 0
     }
     pools = {n: p for n, p in recipe.data.pools.items() if n in used}
-    made = {}
+    images = isinstance(recipe.objective, WITH_REAL_IMAGES)
+    made, seconds = {}, {}
     with progress("encode prompts and sources", sum(p.size for p in pools.values())) as advance:
         done = 0
         for name, pool in pools.items():
+            begun = time.monotonic()
             made[name] = domain.pool(
-                pool.category, pool.size, recipe.seed, task=pool.task, targets=False
+                pool.category, pool.size, recipe.seed, task=pool.task, targets=images
             )
+            seconds[name] = round(time.monotonic() - begun, 4)
             done += pool.size
             advance(done, name)
+    clock.note(pools=seconds)
     return made
 
 
@@ -199,7 +224,7 @@ def teach(config: Path, *, out: Path, overrides: Mapping[str, str], resume: bool
 
         def on_sample(step: int, averaged: MMDiT) -> None:
             cfg: dict[Task, float] = {"t2i": 2.5, "edit": 2.0}
-            draw = sampler(averaged, cfg, shifted_grid(20, 2.0), recipe.precision)
+            draw = sampler(averaged, cfg, shifted_grid(20, 2.0), recipe.precision, compute_device())
             save_image(preview.draw(draw), out / "images" / f"step_{step:06d}.png")
 
         teaching.teach(state, out, on_step=on_step, on_sample=on_sample)
@@ -222,7 +247,7 @@ def teach(config: Path, *, out: Path, overrides: Mapping[str, str], resume: bool
     say(f"teacher written to {out / 'teacher.safetensors'}")
 
 
-def make_teacher(recipe: TeachRecipe, domain: Domain) -> MMDiT:
+def make_teacher(recipe: TeachRecipe, domain: TeachableDomain) -> MMDiT:
     """A new network for the domain, or the one of `init`."""
     if recipe.init:
         return load_fitting(weights_path(recipe.init), domain, field="init").train()
@@ -245,20 +270,20 @@ SEED_STRIDE = 1_000_003
 """Between the seeds of one case, so that no two cases share one."""
 
 
-def evaluate(run_dir: Path) -> None:
+def evaluate(run_dir: Path, ensemble: Ensemble | None = None) -> None:
     """Judge student and teachers on the evaluation split and write the report."""
     recipe, plan = read_run(run_dir)
     make_plan(recipe, local_machine())  # for its refusals: `evaluation` may have been edited
     clock = Clock(run_dir)
-    domain = open_domain(recipe.data.source)
-    spec = recipe.evaluation
+    ensemble = ensemble or open_ensemble(recipe)
+    domain, spec = ensemble.domain, recipe.evaluation
     cases = [
         replace(case, seed=case.seed + SEED_STRIDE * again)
         for task, category in recipe.data.conditions()
         for case in domain.cases(task, category, spec.per_category, spec.seed)
         for again in range(spec.seeds_per_case)
     ]
-    contestants = make_contestants(run_dir, recipe, plan, domain)
+    contestants = make_contestants(run_dir, recipe, plan, ensemble)
     for name, rows in forget_changed(contestants, run_dir / "eval").items():
         say(f"{name} is not what was scored here before: its {rows} images are drawn again")
     images = sum(case.task in player.nfe for player in contestants for case in cases)
@@ -309,6 +334,24 @@ def read_run(run_dir: Path) -> tuple[Recipe, Plan]:
     return load_recipe(run_dir / "recipe.yaml"), plan
 
 
+# --- export ---------------------------------------------------------------------------------------
+
+
+def export(
+    run_dir: Path, *, to: str, out: Path | None, dtype: str | None, base: Path | None
+) -> None:
+    """The finished student as files that stock tools read."""
+    out = run_dir / "export" / to if out is None else out
+    exporting.check_request(to, dtype, out)
+    recipe, plan = read_run(run_dir)
+    student = read_student(student_weights(run_dir), recipe, base=base)
+    history = read_history(run_dir, recipe, plan)
+    playback = exporting.export(student, history, out, to=to, dtype=dtype)
+    if playback.sigmas is not None:
+        say(f"{SCHEDULER} cannot hold this grid: every call needs sigmas={list(playback.sigmas)}")
+    say(f"exported for {to}: {out}, README.md says how to use it")
+
+
 # --- sample ---------------------------------------------------------------------------------------
 
 
@@ -330,24 +373,18 @@ def sample(
         raise RunError(f"{run_or_weights}: there is no such run folder or weight file")
     recipe, plan = read_run(run_or_weights if run_or_weights.is_dir() else run_or_weights.parent)
     texts = [instruction] if instruction is not None else prompts + read_prompts(prompt_file)
-    domain = open_domain(recipe.data.source)
+    ensemble = open_ensemble(recipe)
+    domain = ensemble.domain
     pixels = open_source(source, domain.image_size) if source else None
-    player = choose_player(run_or_weights, recipe, plan, domain, model=model, steps=steps)
+    player = choose_player(run_or_weights, recipe, plan, ensemble, model=model, steps=steps)
     task: Task = "t2i" if pixels is None else "edit"
     if task not in player.nfe:
         raise RecipeError(f"{player.name} was not trained for {task}", field="--model")
     conditions = [
-        domain.condition(
-            [text] * len(seeds), None if pixels is None else np.stack([pixels] * len(seeds))
-        )
+        domain.condition([text] * len(seeds), None if pixels is None else [pixels] * len(seeds))
         for text in texts
     ]
-    noise = torch.stack(
-        [
-            torch.randn(domain.sample_shape, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ]
-    )
+    noise = torch.stack([domain.noise(seed) for seed in seeds])
     shown = [] if pixels is None else [Image.fromarray(pixels)]
     rows = []
     for cond in conditions:
@@ -363,7 +400,7 @@ def choose_player(
     run_or_weights: Path,
     recipe: Recipe,
     plan: Plan,
-    domain: Domain,
+    ensemble: Ensemble,
     *,
     model: str,
     steps: int | None,
@@ -377,7 +414,7 @@ def choose_player(
                 field="--model",
                 hint=f"give the run folder {run_or_weights.parent} for a teacher",
             )
-        return play_teacher(name or recipe.student.init, recipe, domain, steps=steps)
+        return play_teacher(name or recipe.student.init, recipe, ensemble, steps=steps)
     if model != "student":
         raise RecipeError(
             f"{model!r} is no model", field="--model", hint="use student, teacher or teacher:<name>"
@@ -389,7 +426,7 @@ def choose_player(
             hint="leave it out, or use --model teacher",
         )
     path = student_weights(run_or_weights) if run_or_weights.is_dir() else run_or_weights
-    return play_student(path, recipe, plan, domain)
+    return play_student(path, recipe, plan, ensemble)
 
 
 # --- the lab --------------------------------------------------------------------------------------
@@ -411,7 +448,7 @@ def lab_score(weights: Path, *, per_category: int, seed: int, steps: int, train:
     domain = LabDomain()
     model = load_fitting(weights, domain, field="weights")
     cfg: dict[Task, float] = {"t2i": 3.0, "edit": 2.0}
-    draw = sampler(model, cfg, shifted_grid(steps, 3.0), "bf16")
+    draw = sampler(model, cfg, shifted_grid(steps, 3.0), "bf16", compute_device())
     split = "training" if train else "evaluation"
     table = Table("task", "category", "score (1-5)", "95 %", title=f"{weights.name}, {split} split")
     means: dict[str, list[float]] = {"t2i": [], "edit": []}
@@ -419,7 +456,7 @@ def lab_score(weights: Path, *, per_category: int, seed: int, steps: int, train:
         for category in categories:
             cases = domain.cases(task, category, per_category, seed, evaluation=not train)
             cond = domain.condition([case.prompt for case in cases], sources_of(cases))
-            images = domain.decode(draw(noise_of(cases, domain.sample_shape), cond, task))
+            images = domain.decode(draw(noise_of(cases, domain), cond, task))
             scores = [v.score for v in domain.judge(images, cases) if v.score is not None]
             means[task].append(fmean(scores))
             half = 1.96 * stdev(scores) / len(scores) ** 0.5
@@ -429,7 +466,47 @@ def lab_score(weights: Path, *, per_category: int, seed: int, steps: int, train:
     console.print(table)
 
 
-def open_domain(source: Source) -> Domain:
+def cache(
+    recipe_path: Path,
+    *,
+    overrides: Mapping[str, str],
+    verify: bool,
+    prune: bool,
+    dry_run: bool,
+) -> None:
+    """Encode the prompts and sources of a recipe for real models."""
+    recipe = load_recipe(recipe_path, overrides)
+    make_plan(recipe, local_machine())  # for its refusals
+    if not recipe.model.is_real:
+        raise RecipeError(
+            f"there is nothing to encode beforehand for {recipe.model.family!r}",
+            field="model.family",
+            hint="`fewstep distill` keeps what it encodes by itself",
+        )
+    from fewstep.caching import cache_conditions
+    from fewstep.real.domain import RealDomain
+
+    domain = RealDomain(recipe, open_pipelines(recipe), prepare=False)
+    cache_conditions(domain, verify=verify, prune=prune, dry_run=dry_run)
+
+
+def open_ensemble(recipe: Recipe) -> Ensemble:
+    """The networks of a recipe, and through them its domain; nothing is loaded yet."""
+    if recipe.model.is_real:
+        from fewstep.real.ensemble import RealEnsemble
+
+        return RealEnsemble(recipe, open_pipelines(recipe))
+    source = recipe.data.source
+    assert not isinstance(source, PromptSource), "refused by the plan"
+    return LabEnsemble(recipe, lambda: open_domain(source))
+
+
+def open_pipelines(recipe: Recipe) -> Pipelines:
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    return Pipelines(recipe.model, dtype, compute_device())
+
+
+def open_domain(source: ImageSource) -> TeachableDomain:
     if isinstance(source, FolderSource):
         from fewstep.data.domain import FolderDomain
 

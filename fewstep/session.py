@@ -75,6 +75,11 @@ def stamp_of(weights: Path, *playback: object) -> str:
     return digest.hexdigest()[:6]
 
 
+def stamp(*facts: object) -> str:
+    """6 hex digits that change with these facts."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:6]
+
+
 def say(text: str) -> None:
     """A line as it is; nothing for an empty one."""
     if text:

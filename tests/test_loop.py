@@ -11,11 +11,11 @@ import torch
 from fewstep.core.types import Batch, Task
 from fewstep.data.pools import Pool
 from fewstep.errors import CheckpointError, RunError
-from fewstep.models.cast import make_cast
+from fewstep.models.cast import Role, make_cast
 from fewstep.models.lab import MMDiT, MMDiTConfig
 from fewstep.recipe.facts import Facts, Machine
 from fewstep.recipe.plan import make_plan
-from fewstep.recipe.schema import Recipe
+from fewstep.recipe.schema import Dmd, Recipe
 from fewstep.train import checkpoint, loop, step
 
 TINY = MMDiTConfig(
@@ -116,7 +116,12 @@ def metrics_of(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+def network(role: object) -> MMDiT:
+    assert isinstance(role, MMDiT)
+    return role
+
+
+def same_weights(a: Role, b: Role) -> bool:
     return all(
         torch.equal(x, y)
         for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
@@ -142,7 +147,11 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
     assert same_weights(first.cast.student, second.cast.student)
     assert same_weights(first.cast.fake, second.cast.fake)
-    assert same_weights(loop.result_of(first), loop.result_of(second))
+    own = {name: value.clone() for name, value in first.cast.student.state_dict().items()}
+    with loop.averaged_student(first) as a, loop.averaged_student(second) as b:
+        assert same_weights(a, b)
+        assert any(not torch.equal(value, own[name]) for name, value in a.state_dict().items())
+    assert all(torch.equal(v, own[n]) for n, v in first.cast.student.state_dict().items())
     logs = [metrics_of(whole), metrics_of(killed)]
     assert logs[0] == logs[1]
     assert [row["step"] for row in logs[1]] == [1, 2, 3, 4, 5, 6]
@@ -218,7 +227,9 @@ def test_the_state_before_the_last_one_takes_its_place(tmp_path: Path, lost: str
 
 def test_only_the_trained_roles_move_and_teachers_never_do() -> None:
     d = start(tiny_recipe())
-    before = {name: [p.clone() for p in t.parameters()] for name, t in d.cast.teachers.items()}
+    before = {
+        name: [p.clone() for p in network(t).parameters()] for name, t in d.cast.teachers.items()
+    }
     student, fake = (
         [p.clone() for p in d.cast.student.parameters()],
         [p.clone() for p in d.cast.fake.parameters()],
@@ -226,9 +237,10 @@ def test_only_the_trained_roles_move_and_teachers_never_do() -> None:
     loop.train_step(d)
     for name, teacher in d.cast.teachers.items():
         assert all(
-            torch.equal(a, b) for a, b in zip(before[name], teacher.parameters(), strict=True)
+            torch.equal(a, b)
+            for a, b in zip(before[name], network(teacher).parameters(), strict=True)
         )
-        assert all(p.grad is None for p in teacher.parameters())
+        assert all(p.grad is None for p in network(teacher).parameters())
     for old, module in ((student, d.cast.student), (fake, d.cast.fake)):
         moved = [not torch.equal(a, b) for a, b in zip(old, module.parameters(), strict=True)]
         assert sum(moved) > 0.9 * len(moved)
@@ -237,10 +249,10 @@ def test_only_the_trained_roles_move_and_teachers_never_do() -> None:
 def test_student_and_fake_losses_reach_only_their_own_network() -> None:
     d = start(tiny_recipe())
     batch, k = d.draw("fake")
-    step.update_fake(d.cast, batch, k, d.plan, d.recipe, d.noise).backward()
+    step.update_fake(d.cast, batch, k, d.plan, d.recipe, d.noise)[0].backward()
     assert all(p.grad is None for p in d.cast.student.parameters())
     assert any(p.grad is not None for p in d.cast.fake.parameters())
-    d.cast.fake.zero_grad(set_to_none=True)
+    network(d.cast.fake).zero_grad(set_to_none=True)
     batch, k = d.draw("student")
     loss, _ = step.update_student(d.cast, batch, k, d.plan, d.recipe, d.noise)
     loss.backward()
@@ -258,7 +270,10 @@ def test_the_student_gradient_is_independent_of_autocast_history() -> None:
             loss, _ = step.update_student(d.cast, batch, k, d.plan, d.recipe, d.noise)
         loss.backward()
         grads.append(
-            [p.grad is not None and bool(p.grad.any()) for p in d.cast.student.blocks.parameters()]
+            [
+                p.grad is not None and bool(p.grad.any())
+                for p in network(d.cast.student).blocks.parameters()
+            ]
         )
     assert all(grads[0]) and all(grads[1])
 
@@ -274,11 +289,10 @@ def test_shares_of_the_teachers_follow_lambda() -> None:
         pass
     only_text = type(batch)(batch.task, ("text",) * len(batch), batch.cond, batch.shape)
     _, metrics = step.update_student(cast, only_text, 2, plan, recipe, d.noise)
-    assert metrics["share/base"] == pytest.approx(0.5) and metrics["share/text"] == pytest.approx(
-        0.5
-    )
+    assert metrics["share/t2i/text/base"] == pytest.approx(0.5)
+    assert metrics["share/t2i/text/text"] == pytest.approx(0.5)
     _, metrics = step.update_student(cast, only_text, 3, plan, recipe, d.noise)
-    assert metrics["share/text"] == pytest.approx(1.0) and "share/base" not in metrics
+    assert metrics["share/t2i/text/text"] == 1 and metrics["share/t2i/text/base"] == 0
 
 
 def test_drawn_samples_meet_the_planned_quotas_exactly() -> None:
@@ -297,7 +311,7 @@ def test_drawn_samples_meet_the_planned_quotas_exactly() -> None:
 def test_a_value_that_is_not_finite_stops_before_anything_is_updated(tmp_path: Path) -> None:
     d = start(tiny_recipe())
     with torch.no_grad():
-        d.cast.teachers["base"].image_out.bias.fill_(float("nan"))
+        network(d.cast.teachers["base"]).image_out.bias.fill_(float("nan"))
     before = [p.clone() for p in d.cast.student.parameters()]
     with pytest.raises(RunError, match=r"score difference is not finite.*last checkpoint is kept"):
         run(d, tmp_path)
@@ -323,7 +337,7 @@ def test_accumulation_averages_the_micro_batches() -> None:
     batch, k = d.draw("student")
     grads = []
     for parts in (1, 2):
-        d.cast.student.zero_grad(set_to_none=True)
+        network(d.cast.student).zero_grad(set_to_none=True)
         for _ in range(parts):
             noise = torch.Generator().manual_seed(9)
             loss, _ = step.update_student(d.cast, batch, k, d.plan, d.recipe, noise)
@@ -353,6 +367,7 @@ def replay(d: loop.Distillation, batch: Batch, k: int, seed: int) -> tuple[torch
         clean = d.cast.student(x, torch.full((len(batch),), now), batch.cond).detach()
         x = x + (then - now) * (x - clean) / now
     answer = d.cast.student(x, torch.full((len(batch),), times[k]), batch.cond)
+    assert isinstance(d.recipe.objective, Dmd)
     r = d.recipe.objective.renoise
     u = torch.rand(len(batch), generator=g)
     t = r.low + (r.high - r.low) * u
@@ -371,7 +386,7 @@ def test_the_fake_score_is_trained_on_re_noised_samples_of_the_student(k: int) -
     batch, _ = d.draw("fake")
     x, t, eps, x_t = replay(d, batch, k, seed=5)
     noise = torch.Generator().manual_seed(5)
-    loss = step.update_fake(d.cast, batch, k, d.plan, d.recipe, noise)
+    loss, _ = step.update_fake(d.cast, batch, k, d.plan, d.recipe, noise)
     v = (x_t - d.cast.fake(x_t, t, batch.cond)) / t[:, None, None, None]
     torch.testing.assert_close(loss, (v - (eps - x.detach())).square().mean(), rtol=1e-4, atol=1e-5)
 
@@ -398,7 +413,7 @@ def test_the_student_gradient_is_equation_7_by_hand(k: int) -> None:
         direction = (d.cast.fake(x_t, t, batch.cond) - real) / distance
     (x * direction).sum().div(x.numel()).backward()
     want = [p.grad.clone() for p in d.cast.student.parameters() if p.grad is not None]
-    d.cast.student.zero_grad(set_to_none=True)
+    network(d.cast.student).zero_grad(set_to_none=True)
     loss, _ = step.update_student(
         d.cast, batch, k, d.plan, d.recipe, torch.Generator().manual_seed(6)
     )

@@ -6,7 +6,7 @@ import pytest
 
 from fewstep.errors import RecipeError
 from fewstep.recipe.load import dump_yaml, load_recipe
-from fewstep.recipe.schema import ExplicitGrid, Recipe, ShiftGrid
+from fewstep.recipe.schema import Dmd, ExplicitGrid, Recipe, ShiftGrid
 
 ROOT = Path(__file__).parent.parent
 UNIFIED = ROOT / "recipes" / "lab" / "unified.yaml"
@@ -63,12 +63,16 @@ def test_the_unified_recipe_holds_what_its_file_says():
         ("edit", None),
     ]
     assert recipe.guidance[0].weights[2] == {"base": 0.5, "t2i": 0.5}
-    assert recipe.objective.fake_updates == 3
+    assert isinstance(recipe.objective, Dmd) and recipe.objective.fake_updates == 3
     assert recipe.ema is not None and recipe.ema.decay == 0.98
 
 
 def test_every_shipped_recipe_loads_under_a_name_of_its_own():
-    files = sorted((ROOT / "recipes").glob("*/*.yaml"))
+    files = [
+        file
+        for file in sorted((ROOT / "recipes").glob("*/*.yaml"))
+        if file.parent.name not in ("prompts", "studies")  # of another shape, tested with it
+    ]
     names = [load_recipe(file).name for file in files if not file.stem.startswith("teach")]
     assert len(names) >= 14 and len(set(names)) == len(names)
 
@@ -112,7 +116,8 @@ def test_overrides_reach_mappings_lists_and_variants(small: Path):
     assert recipe.budget.updates == 10 and recipe.optim.student.lr == 1e-3
     assert recipe.guidance[0].weights == ({"base": 0.5},)
     assert recipe.student.grid == ExplicitGrid(kind="explicit", t=(1.0, 0.5))
-    assert recipe.ema is None and recipe.objective.renoise.shift == 3.0
+    assert isinstance(recipe.objective, Dmd) and recipe.objective.renoise.shift == 3.0
+    assert recipe.ema is None
 
 
 def test_extends_merges_mappings_and_replaces_lists_and_variants(tmp_path: Path, small: Path):
@@ -285,5 +290,6 @@ def test_every_field_with_a_default_of_the_paper_is_reachable_by_override(small:
         },
     )
     assert isinstance(recipe, Recipe)
-    assert recipe.objective.anchor.weight == 0.1 and recipe.objective.normaliser == "none"
+    assert isinstance(recipe.objective, Dmd) and recipe.objective.anchor.weight == 0.1
+    assert recipe.objective.normaliser == "none"
     assert isinstance(recipe.student.grid, ShiftGrid) and recipe.student.grid.steps == 2

@@ -1,48 +1,57 @@
 """What algorithms know of models and data: a denoiser, a condition, a batch."""
 
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 Task = Literal["t2i", "edit"]
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What an image is conditioned on: text, and for editing a source image.
+@runtime_checkable
+class Condition(Protocol):
+    """What each image of a batch is conditioned on: text, and for editing the source images.
 
-    `text` is token ids [b, l] (lab) or encoder states [b, l, d]; `text_mask` [b, l] is true where
-    text is real; `source` [b, c, h, w] lies in the model's own space, or is None for text-to-image.
+    What is inside is between the data that makes conditions and the models that read them:
+    `models.lab.LabCondition`, `models.families.contract.FamilyCondition` and `models.readings`.
     """
 
-    text: Tensor
-    text_mask: Bool[Tensor, "b l"]
-    source: Float[Tensor, "b c h w"] | None = None
+    @property
+    def device(self) -> torch.device: ...
 
-    def __len__(self) -> int:
-        return len(self.text)
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: slice | Tensor) -> "Condition":
-        source = None if self.source is None else self.source[index]
-        return Condition(self.text[index], self.text_mask[index], source)
+    def __getitem__(self, index: slice | Tensor, /) -> "Condition":
+        """Samples by slice, or by an index tensor of any device."""
+        ...
 
     def without_text(self) -> "Condition":
-        """The unconditional branch of classifier-free guidance: text dropped, source kept."""
-        return replace(self, text=self.text[:, :0], text_mask=self.text_mask[:, :0])
+        """The unconditional branch of classifier-free guidance: text dropped, sources kept."""
+        ...
 
-    def to(self, device: torch.device) -> "Condition":
-        source = None if self.source is None else self.source.to(device)
-        return Condition(self.text.to(device), self.text_mask.to(device), source)
+    def to(self, device: torch.device, /) -> "Condition": ...
 
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """D(x_t, t, condition) -> x_0, the posterior mean of the clean image; t is [b] in float32."""
+    """D(x_t, t, condition) -> x_0, the posterior mean of the clean image; t is [b] in float32.
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition, /) -> Tensor: ...
+    `cond` is the kind of `Condition` that the denoiser was made for.
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, /) -> Tensor: ...
+
+
+@runtime_checkable
+class GuidedDenoiser(Protocol):
+    """A denoiser that brings its own rule of guidance, which is part of what it says."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, /) -> Tensor: ...
+
+    def guided(self, x_t: Tensor, t: Tensor, cond: Any, scale: float, /) -> Tensor:
+        """x_0 under guidance of scale s; 1 is none and costs one evaluation."""
+        ...
 
 
 @dataclass(frozen=True)

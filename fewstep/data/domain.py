@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.types import Condition, Task
+from fewstep.core.types import Task
 from fewstep.data.folder import CaptionRecord, EditRecord, ImageFolder
 from fewstep.data.latents import cache_latents, cache_text, to_float, to_uint8
 from fewstep.data.pools import Pool, pad_tokens
 from fewstep.data.reference import ReferenceJudge
 from fewstep.domain import Case, Images, Verdict
 from fewstep.errors import DataError
+from fewstep.models.lab import LabCondition
 from fewstep.models.text import TextEncoder
 from fewstep.models.vaes import ChannelStats, Codec, DiffusersCodec, PixelCodec, StandardisedCodec
 from fewstep.recipe.schema import FolderSource
@@ -127,11 +128,20 @@ class FolderDomain:
         return rows.text, rows.lengths
 
     @torch.inference_mode()
-    def condition(self, prompts: Sequence[str], sources: Images | None) -> Condition:
-        text, lengths = self._encode(prompts)
-        mask = torch.arange(text.shape[1]) < lengths[:, None]
-        source = None if sources is None else self.codec.encode(to_float(sources)).float()
-        return Condition(text, mask, source)
+    def condition(
+        self, prompts: Sequence[str], sources: Sequence[np.ndarray] | None
+    ) -> LabCondition:
+        """Encoded anew: what is drawn now and then is not worth a file in the cache."""
+        if self.text is None:
+            text, lengths = self._encode(prompts)
+            mask = torch.arange(text.shape[1]) < lengths[:, None]
+        else:
+            text, mask = self.text.encode(prompts)
+        source = None if sources is None else self.codec.encode(to_float(np.stack(sources))).float()
+        return LabCondition(text, mask, source)
+
+    def noise(self, seed: int) -> Tensor:
+        return torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Images:

@@ -211,7 +211,7 @@ def _open_lists(
     for file in files:
         found = _file_stat(path / file)
         if found is None:
-            near = _near_file(path, file) if len(problems) < SHOWN_PROBLEMS else ""
+            near = near_file(path, file) if len(problems) < SHOWN_PROBLEMS else ""
             problems.append(f"{first_use[file]}: {file} does not exist{near}")
         else:
             listing.append([file, *found])
@@ -258,6 +258,12 @@ def _open_shards(
 
 
 def _read_list(file: Path, task: Task, problems: list[str]) -> Iterator[Row]:
+    for where, values in json_lines(file, problems):
+        yield Row(where, task, values)
+
+
+def json_lines(file: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each object of a .jsonl file stands, and the object; empty lines are skipped."""
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         where = f"{file.name} line {number}"
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
@@ -271,7 +277,7 @@ def _read_list(file: Path, task: Task, problems: list[str]) -> Iterator[Row]:
             problems.append(f"{where}: not valid JSON ({error}); one object a line")
         else:
             if isinstance(values, dict):
-                yield Row(where, task, values)
+                yield where, values
             else:
                 problems.append(f"{where}: not a JSON object; write {{...}}")
 
@@ -287,7 +293,8 @@ def _file_stat(file: Path) -> tuple[int, int, int] | None:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _near_file(path: Path, file: str) -> str:
+def near_file(path: Path, file: str) -> str:
+    """A hint for a `file` that is not below `path`."""
     folder = (path / file).parent
     if not folder.is_dir():
         return f", nor does the folder {folder.relative_to(path)}; paths start at {path.name}/"

@@ -1,11 +1,36 @@
 """A pool: the prompts of one category as conditions, with source and target latents if any."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fewstep.core.types import Condition, Task
+from fewstep.models.lab import LabCondition
+
+
+@runtime_checkable
+class AnyPool(Protocol):
+    """n conditions of one task and category."""
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def category(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def gather(
+        self, pools: Sequence[Any], indices: Sequence[int], /
+    ) -> tuple[Condition, Tensor | None]:
+        """The condition of sample i of each (pool, index), and the targets if all have one.
+
+        All are of one task and of this pool's kind.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +52,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def gather(
+        self, pools: "Sequence[Pool]", indices: Sequence[int], /
+    ) -> tuple[LabCondition, Tensor | None]:
+        return gather(list(pools), list(indices))
+
 
 def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids as one int64 tensor padded with 0, and their lengths."""
@@ -37,7 +67,7 @@ def pad_tokens(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return text, lengths
 
 
-def gather(pools: list[Pool], indices: list[int]) -> tuple[Condition, Tensor | None]:
+def gather(pools: list[Pool], indices: list[int]) -> tuple[LabCondition, Tensor | None]:
     """The condition of sample i of each (pool, index), and the targets if all have one.
 
     Text is trimmed to the longest one.
@@ -47,7 +77,7 @@ def gather(pools: list[Pool], indices: list[int]) -> tuple[Condition, Tensor | N
     longest = int(lengths.max())
     text = torch.stack([_fit(p.text[i], longest) for p, i in zip(pools, indices, strict=True)])
     mask = torch.arange(longest) < lengths[:, None]
-    condition = Condition(text, mask, _stack([p.source for p in pools], indices))
+    condition = LabCondition(text, mask, _stack([p.source for p in pools], indices))
     return condition, _stack([p.target for p in pools], indices)
 
 

@@ -29,7 +29,7 @@ def read_shards(shards: list[Path], rows: list[Row], problems: list[str]) -> Ite
             if key in image_of:
                 problems.append(f"{where}: the key occurs twice; make it unique over all shards")
                 continue
-            values = _values(where, sample, problems)
+            values = sample_values(where, sample, problems)
             names = {s: f"{shard.name}/{key}.{s}" for s in sample if _is_image(s)}
             by_role = {s.rpartition(".")[0]: name for s, name in names.items()}
             if len(by_role) < len(names) or set(by_role) not in ({""}, {"source", "target"}):
@@ -71,7 +71,8 @@ def _rows_of(
         yield Row(where, "t2i", values | {"file": by_role[""]})
 
 
-def _values(where: str, sample: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def sample_values(where: str, sample: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """What the json and the txt of a sample say."""
     unread = [s for s in sample if s not in ("json", "txt") and not _is_image(s)]
     if unread:
         problems.append(
@@ -101,16 +102,20 @@ def _samples(shard: Path) -> Iterator[dict[str, Any]]:
             f"{shard} is a webdataset shard, which needs one more package; "
             f"pip install 'fewstep[data]', or unpack it into images and captions.jsonl"
         ) from None
+    refuse_truncated(shard)
     with open(shard, "rb") as stream:
-        # tarfile takes an archive that was cut between two members for a complete one.
-        stream.seek(max(0, os.path.getsize(shard) - 1024))
-        if stream.read() != bytes(1024):
-            raise DataError(
-                f"{shard} is truncated (no end-of-archive mark) or not a tar file; copy it again"
-            )
-        stream.seek(0)
         try:
             yield from group_by_keys(tar_file_expander([{"url": str(shard), "stream": stream}]))
         except (tarfile.TarError, EOFError, ValueError) as error:
             reason = error.args[0] if error.args else type(error).__name__
             raise DataError(f"{shard} cannot be read ({reason}); write it again") from None
+
+
+def refuse_truncated(shard: Path) -> None:
+    """tarfile takes an archive that was cut between two members for a complete one."""
+    with open(shard, "rb") as stream:
+        stream.seek(max(0, os.path.getsize(shard) - 1024))
+        if stream.read() != bytes(1024):
+            raise DataError(
+                f"{shard} is truncated (no end-of-archive mark) or not a tar file; copy it again"
+            )

@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24
 MAX_POINTS = 240
 SMOOTH_FROM = 24
 """From this many points on, a running mean is drawn over the pale raw curve, if it is noisy."""
-FIRST = ("loss", "grad_norm", "share", "gap", "mismatch")
+FIRST = ("loss", "grad_norm", "mismatch", "share", "lambda", "adaptive", "adaptive_ratio", "gap")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def draw(panel: Panel) -> Html:
     """A figure with axes, one line a curve and a legend with the last values."""
     points = [point for curve in panel.curves.values() for point in curve]
     steps, values = [s for s, _ in points], [v for _, v in points]
-    share = panel.title.split("/")[0] == "share"
+    share = panel.title.split("/")[0] in ("share", "lambda", "adaptive")
     log = not share and min(values) > 0 and max(values) / min(values) > 50
     low, high = (0.0, max(1.0, *values)) if share else _range(values, log=log)
     first, last = min(steps), max(max(steps), min(steps) + 1)

@@ -116,9 +116,9 @@ def read_run(
     if not recipe.is_file():
         notes.append("recipe.yaml is missing: the recipe is not shown")
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
-    plan = _read_object(path / "plan.json", "the plan is not shown", notes)
-    summary = _read_object(path / "summary.json", "device and cost are not known", notes)
-    metrics = _read_metrics(path / "metrics.jsonl", notes)
+    plan = read_object(path / "plan.json", "the plan is not shown", notes)
+    summary = read_object(path / "summary.json", "device and cost are not known", notes)
+    metrics = read_metrics(path / "metrics.jsonl", notes)
     samples = tuple(sorted((path / "images").glob("step_*.png")))
     if not samples:
         notes.append("images/step_*.png is missing: no samples from training")
@@ -282,7 +282,7 @@ def _judge_notes(rows: Sequence[Row], judge: str) -> list[str]:
     return [f"{n} rows by another judge, {name}: not used" for name, n in sorted(others.items())]
 
 
-def _read_object(path: Path, lost: str, notes: list[str]) -> dict[str, object] | None:
+def read_object(path: Path, lost: str, notes: list[str]) -> dict[str, object] | None:
     if not path.is_file():
         notes.append(f"{path.name} is missing: {lost}")
         return None
@@ -297,7 +297,7 @@ def _read_object(path: Path, lost: str, notes: list[str]) -> dict[str, object] |
     return found
 
 
-def _read_metrics(path: Path, notes: list[str]) -> Series:
+def read_metrics(path: Path, notes: list[str]) -> Series:
     """Every number by key and step. Of a step logged twice, after a resume, the later stands."""
     if not path.is_file():
         notes.append("metrics.jsonl is missing: no curves")

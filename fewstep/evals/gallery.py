@@ -45,11 +45,11 @@ class Pictures:
         data = io.BytesIO()
         if max(image.size) <= TINY:
             image.save(data, "png", optimize=True)
-            return h("img", src=_uri(data, "png"), alt=alt, class_="pic tiny")
+            return h("img", src=data_uri(data, "png"), alt=alt, class_="pic tiny")
         large = max(image.size) > side
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         image.save(data, "webp", quality=82)
-        shown = h("img", src=_uri(data, "webp"), alt=alt, class_="pic")
+        shown = h("img", src=data_uri(data, "webp"), alt=alt, class_="pic")
         where = quote(f"{self.folder.name}/{path}")
         return h("a", shown, href=where, title="open the file at full size") if large else shown
 
@@ -298,5 +298,5 @@ def _given(title: str, path: str, row: Row, pictures: Pictures) -> Html:
     return h("figure", image, caption, class_="given")
 
 
-def _uri(data: io.BytesIO, kind: str) -> str:
+def data_uri(data: io.BytesIO, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

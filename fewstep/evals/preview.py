@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from fewstep.core.types import Condition, Task
 from fewstep.domain import Case, Domain
 from fewstep.evals.grid import grid
-from fewstep.evals.runner import Draw, noise_of
+from fewstep.evals.runner import Draw, noise_of, sources_of
 
 
 class Preview:
@@ -24,7 +23,7 @@ class Preview:
         for task, category in conditions:
             cases = domain.cases(task, category, per_category, seed, evaluation=False)
             cond = domain.condition([case.prompt for case in cases], sources_of(cases))
-            self.rows.append((cases, cond, noise_of(cases, domain.sample_shape)))
+            self.rows.append((cases, cond, noise_of(cases, domain)))
 
     @torch.inference_mode()
     def draw(self, sampler: Draw) -> Image.Image:
@@ -38,7 +37,9 @@ class Preview:
                 if sources is None
                 else [t for pair in zip(sources, images, strict=True) for t in pair]
             )
-            lines.append([Image.fromarray(tile) for tile in tiles[: max(len(cases), 8)]])
+            size = Image.fromarray(images[0]).size
+            shown = [Image.fromarray(tile) for tile in tiles[: max(len(cases), 8)]]
+            lines.append([tile if tile.size == size else tile.resize(size) for tile in shown])
             labels.append(cases[0].category)
         widest = max(len(line) for line in lines)
         blank = Image.new("RGB", lines[0][0].size, "white")
@@ -49,8 +50,3 @@ class Preview:
             column_labels=[""] * widest,
             scale=max(1, 96 // full[0][0].width),
         )
-
-
-def sources_of(cases: Sequence[Case]) -> np.ndarray | None:
-    found = [case.source for case in cases if case.source is not None]
-    return np.stack(found) if found else None

@@ -74,33 +74,33 @@ def write_report(
     """
     run = read_run(run_dir, judge=judge, reference=reference, student=student)
     paths = ReportPaths(run_dir / "report.html", run_dir / "results.md", run_dir / "results.csv")
-    _write(paths.html, render(run))
-    _write(paths.markdown, markdown(run))
-    _write(paths.csv, table(run.findings))
+    write_whole(paths.html, render(run))
+    write_whole(paths.markdown, markdown(run))
+    write_whole(paths.csv, table(run.findings))
     return paths
 
 
 def markdown(run: Run) -> str:
     """The headline, the categories and the cost, for a README or a model card."""
     found = run.findings
-    lines = [f"# {_plain(run.name)}", ""]
+    lines = [f"# {plain(run.name)}", ""]
     if found is not None:
-        lines += [_plain(sentence) for sentence in lede(found)]
+        lines += [plain(sentence) for sentence in lede(found)]
         lines += ["", *_headline(found), ""]
         for task in found.tasks:
             lines += [f"## {TASK_TITLES[task]}", "", *_categories(found, task), ""]
         lines += [
             "Mean scores from 1 to 5 by "
-            f"{_plain(found.judge)}, each category with the same weight, with 95% bootstrap "
+            f"{plain(found.judge)}, each category with the same weight, with 95% bootstrap "
             "intervals. Percentages are paired. A rank such as 1–2 is not separable.",
             "",
         ]
-    cost = [f"{_plain(name)} {show_seconds(seconds)}" for name, seconds in _cost(run)]
+    cost = [f"{plain(name)} {show_seconds(seconds)}" for name, seconds in _cost(run)]
     if cost:
         device = (run.summary or {}).get("device", "unknown device")
-        lines += [f"Cost on {_plain(str(device))}: {', '.join(cost)}.", ""]
+        lines += [f"Cost on {plain(str(device))}: {', '.join(cost)}.", ""]
     if run.notes:
-        lines += ["Left out:", "", *(f"- {_plain(note)}" for note in run.notes), ""]
+        lines += ["Left out:", "", *(f"- {plain(note)}" for note in run.notes), ""]
     return "\n".join(lines)
 
 
@@ -182,7 +182,7 @@ def _headline(found: Findings) -> list[str]:
         cells.append("–" if seconds is None else show_seconds(seconds))
         cells.append("–" if faster is None else f"{faster:.1f}×")
         body.append(cells)
-    return _rows([*head, "per image", "speed-up"], body)
+    return markdown_table([*head, "per image", "speed-up"], body)
 
 
 def _categories(found: Findings, task: str) -> list[str]:
@@ -201,7 +201,7 @@ def _categories(found: Findings, task: str) -> list[str]:
         settled = rank is not None and rank.best == rank.worst
         cells.append("–" if rank is None else str(rank.best) if settled else _range(rank))
         body.append(cells)
-    return _rows(head, body)
+    return markdown_table(head, body)
 
 
 def _range(rank: Rank) -> str:
@@ -218,18 +218,18 @@ def _cost(run: Run) -> list[tuple[str, float]]:
     return [*spent.items(), *total]
 
 
-def _rows(head: list[str], body: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
     lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *body]
-    cells = [[cell if cell.startswith("---") else _plain(cell) for cell in line] for line in lines]
+    cells = [[cell if cell.startswith("---") else plain(cell) for cell in line] for line in lines]
     return [f"| {' | '.join(line)} |" for line in cells]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One line that Markdown shows as it is."""
     return re.sub(r"([\\`*_<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """All or nothing: an older report stays whole if the disk is full."""
     part = path.with_name(path.name + ".part")
     try:

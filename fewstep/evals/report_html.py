@@ -1,7 +1,7 @@
 """The report as one HTML page that works from disk: no network, no other file.
 
-Sections from the top: what was run, the headline, categories, wins and losses, pictures, curves,
-samples, failures, recipe and plan.
+Sections from the top: what was run, the headline, categories, wins and losses, pictures, stability,
+curves, samples, failures, recipe and plan.
 """
 
 import base64
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from string import Template
 
+from fewstep.evals import stability
 from fewstep.evals.curves import draw, panels
 from fewstep.evals.findings import (
     TASK_TITLES,
@@ -42,25 +43,29 @@ def render(run: Run) -> str:
             more = "" if len(unread) == 1 else f" and {len(unread) - 1} more"
             notes.append(f"images that could not be shown: eval/{unread[0]}{more}")
         sections += [_headline(found), _categories(found), _wins(found), gallery]
-        sections += [_curves(run), training_samples(run), failed]
+        sections += [stability.section(run), _curves(run), training_samples(run), failed]
     else:
-        sections += [_curves(run), training_samples(run)]
+        sections += [stability.section(run), _curves(run), training_samples(run)]
     sections += [_recipe(run), _plan(run)]
+    body = [
+        _header(run, notes),
+        _contents(found is not None, run),
+        h("main", sections, h("footer", "Written by fewstep report from ", run.path.name)),
+    ]
+    return page(run.name, join(body))
+
+
+def page(name: str, body: Html) -> str:
+    """A whole document around `body`, with the report's style and script inside."""
     assets = files("fewstep.evals") / "report_assets"
     script = (assets / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template((assets / "report.html").read_text(encoding="utf-8")).substitute(
-        title=join([f"{run.name} · fewstep report"]),
+        title=join([f"{name} · fewstep report"]),
         style=(assets / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=f"sha256-{digest}",
-        body=join(
-            [
-                _header(run, notes),
-                _contents(found is not None, run),
-                h("main", sections, h("footer", "Written by fewstep report from ", run.path.name)),
-            ]
-        ),
+        body=body,
     )
 
 
@@ -189,6 +194,8 @@ def _contents(scored: bool, run: Run) -> Html:
     if scored:
         links += [("headline", "Scores"), ("categories", "Categories"), ("wins", "Wins and losses")]
         links.append(("side-by-side", "Side by side"))
+    if any(stability.is_stability(key) for key in run.metrics):
+        links.append(("stability", "Stability"))
     if run.metrics:
         links.append(("curves", "Curves"))
     if run.samples:
@@ -381,7 +388,8 @@ def _whisker(interval: Interval, *, span: tuple[float, float]) -> Html:
 def _curves(run: Run) -> Html | None:
     if not run.metrics:
         return None
-    drawn = [draw(panel) for panel in panels(run.metrics)]
+    shown = {k: points for k, points in run.metrics.items() if not stability.is_stability(k)}
+    drawn = [draw(panel) for panel in panels(shown)]
     folded = drawn[PANELS_OPEN:]
     rest = h(
         "details",

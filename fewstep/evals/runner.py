@@ -31,11 +31,13 @@ class Contestant:
     """Changes with the weights and the way of sampling."""
 
 
-def noise_of(cases: Sequence[Case], shape: tuple[int, ...]) -> Tensor:
+def noise_of(cases: Sequence[Case], domain: Domain) -> Tensor:
     """The starting noise of each case, from its own seed, so that batches do not matter."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(case.seed)) for case in cases]
-    )
+    return torch.stack([domain.noise(case.seed) for case in cases])
+
+
+def sources_of(cases: Sequence[Case]) -> list[np.ndarray] | None:
+    return [case.source for case in cases if case.source is not None] or None
 
 
 def evaluate(
@@ -104,13 +106,8 @@ def _key(contestant: Contestant, case: Case, domain: Domain) -> RowKey:
 def _draw_and_judge(
     cases: list[Case], contestant: Contestant, domain: Domain, out: Path, rows: RowWriter
 ) -> None:
-    sources = (
-        None
-        if cases[0].source is None
-        else np.stack([c.source for c in cases if c.source is not None])
-    )
-    cond = domain.condition([case.prompt for case in cases], sources)
-    noise = noise_of(cases, domain.sample_shape)
+    cond = domain.condition([case.prompt for case in cases], sources_of(cases))
+    noise = noise_of(cases, domain)
     begun = time.perf_counter()
     latents = contestant.draw(noise, cond, cases[0].task)
     seconds = (time.perf_counter() - begun) / len(cases)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.core.types import Condition, Task
+from fewstep.core.types import Task
 from fewstep.data.pools import Pool, pad_tokens
 from fewstep.domain import Case, Images, Verdict
 from fewstep.errors import DataError
@@ -16,6 +16,7 @@ from fewstep.lab import grammar
 from fewstep.lab.edits import Edit
 from fewstep.lab.pools import draw_case, encode_images, load_autoencoder, make_pool, to_images
 from fewstep.lab.world import SIZE, render
+from fewstep.models.lab import LabCondition
 
 MAX_TEXT: Final = 24
 """Tokens of a prompt, more than any caption or instruction of the grammar has."""
@@ -51,7 +52,9 @@ class LabDomain:
         assert pool.task == task, (category, task)
         return pool
 
-    def condition(self, prompts: Sequence[str], sources: Images | None) -> Condition:
+    def condition(
+        self, prompts: Sequence[str], sources: Sequence[np.ndarray] | None
+    ) -> LabCondition:
         tokens = [grammar.encode(prompt) for prompt in prompts]
         for prompt, row in zip(prompts, tokens, strict=True):
             if len(row) > MAX_TEXT:
@@ -61,8 +64,13 @@ class LabDomain:
                 )
         text, lengths = pad_tokens(tokens)
         mask = torch.arange(text.shape[1]) < lengths[:, None]
-        latents = None if sources is None else encode_images(self.autoencoder, sources).float()
-        return Condition(text, mask, latents)
+        latents = (
+            None if sources is None else encode_images(self.autoencoder, np.stack(sources)).float()
+        )
+        return LabCondition(text, mask, latents)
+
+    def noise(self, seed: int) -> Tensor:
+        return torch.randn(self.sample_shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Images:

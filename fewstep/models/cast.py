@@ -1,25 +1,56 @@
 """The cast of a distillation: student, fake score and teachers as roles.
 
-Here every role is a network of its own. Nothing outside `models/` may rely on that: roles that
-share one frozen base are met through the same three names.
+Roles may be networks of their own (here, and for the lab) or adapters that share one frozen base
+(`models.roles`). Nothing outside `models/` may rely on either.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
+from fewstep.core.types import Denoiser
 from fewstep.models.lab import MMDiT
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What optimisers and averages work on."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@runtime_checkable
+class Role(Trainable, Protocol):
+    """A role that is trained. Its parameters and its state are its own, whatever else it shares.
+
+    Calls of several roles may be mixed freely between a forward pass and its backward pass.
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any, /) -> Tensor:
+        """The denoised x_0, as `core.types.Denoiser` has it."""
+        ...
+
+    def predict_v(self, x_t: Tensor, t: Tensor, cond: Any, /) -> Tensor:
+        """v = eps - x_0 in float32."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Cast:
     """Student and fake are trainable and start from the same weights; teachers are frozen."""
 
-    student: MMDiT
-    fake: MMDiT
-    teachers: Mapping[str, MMDiT]
+    student: Role
+    fake: Role
+    teachers: Mapping[str, Denoiser]
 
 
 def make_cast(init: MMDiT, teachers: Mapping[str, MMDiT]) -> Cast:

@@ -8,20 +8,50 @@ returns x_0.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core.process import x0_from_v
-from fewstep.core.types import Condition
 from fewstep.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class LabCondition:
+    """Text, and for editing a source image, for an `MMDiT`.
+
+    `text` is token ids [b, l] (lab) or encoder states [b, l, d]; `text_mask` [b, l] is true where
+    text is real; `source` [b, c, h, w] lies in the model's own space, or is None for text-to-image.
+    """
+
+    text: Tensor
+    text_mask: Bool[Tensor, "b l"]
+    source: Float[Tensor, "b c h w"] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __getitem__(self, index: slice | Tensor) -> "LabCondition":
+        source = None if self.source is None else self.source[index]
+        return LabCondition(self.text[index], self.text_mask[index], source)
+
+    def without_text(self) -> "LabCondition":
+        return replace(self, text=self.text[:, :0], text_mask=self.text_mask[:, :0])
+
+    def to(self, device: torch.device) -> "LabCondition":
+        source = None if self.source is None else self.source.to(device)
+        return LabCondition(self.text.to(device), self.text_mask.to(device), source)
 
 
 @dataclass(frozen=True)
@@ -118,15 +148,34 @@ class MMDiT(nn.Module):
         return (self.config.channels, self.config.grid, self.config.grid)
 
     def forward(
-        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Condition
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: LabCondition
     ) -> Float[Tensor, "b c h w"]:
         """The denoised x_0, in float32."""
         return x0_from_v(x_t.float(), self.predict_v(x_t, t, cond), t.float())
 
     def predict_v(
-        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Condition
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: LabCondition
     ) -> Float[Tensor, "b c h w"]:
         """v = eps - x_0 in float32."""
+        x, features = self._trunk(x_t, t, cond, len(self.blocks))
+        shift, scale = self.out_modulation(features).unsqueeze(1).chunk(2, dim=2)
+        x = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+        return self._unpatch(self.image_out(x)).float()
+
+    @property
+    def feature_width(self) -> int:
+        return self.config.width
+
+    def features(
+        self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: LabCondition
+    ) -> Float[Tensor, "b n d"]:
+        """Image tokens after the first half of the blocks, for a discriminator."""
+        return self._trunk(x_t, t, cond, len(self.blocks) // 2)[0]
+
+    def _trunk(
+        self, x_t: Tensor, t: Tensor, cond: LabCondition, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """The image tokens after `depth` blocks, and the features of the time."""
         n = self.config.image_tokens
         tokens = [self.image_in(self._patches(x_t)) + self.image_place]
         if cond.source is not None:
@@ -141,11 +190,9 @@ class MMDiT(nn.Module):
         x = torch.cat(tokens, dim=1)
         features = self.time(time_features(t, self.config.width))
         modulation = self.modulation(features).view(len(x), 6, -1)
-        for block in self.blocks:
+        for block in self.blocks[:depth]:
             x = block(x, modulation, mask)
-        shift, scale = self.out_modulation(features).unsqueeze(1).chunk(2, dim=2)
-        x = F.layer_norm(x[:, :n], x.shape[-1:]) * (1 + scale) + shift
-        return self._unpatch(self.image_out(x)).float()
+        return x[:, :n], features
 
     def _patches(self, x: Tensor) -> Tensor:
         return F.pixel_unshuffle(x, self.config.patch).flatten(2).transpose(1, 2)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fewstep.core.process import shift_time, velocity
+from fewstep.core.process import expand, shift_time, velocity
 
 State = Float[Tensor, "b *s"]
 
@@ -39,8 +39,12 @@ def dmd_direction(
     difference = fake.float() - real.float()
     if normaliser == "none":
         return difference
-    distance = (x.float() - real.float()).abs().flatten(1).mean(1).clamp_min(1e-6)
-    return difference / distance.view(-1, *[1] * (x.ndim - 1))
+    return difference / expand(distance_to(real, x), x)
+
+
+def distance_to(real: State, x: State) -> Float[Tensor, " b"]:
+    """mean |x - real| of each sample; never 0."""
+    return (x.float() - real.float()).abs().flatten(1).mean(1).clamp_min(1e-6)
 
 
 def dmd_loss(x: State, direction: State) -> Float[Tensor, ""]:

@@ -3,9 +3,24 @@
 Those that belong to a computation (grid, lambda, batch, quotas) are made where it is, in `plan`.
 """
 
+from itertools import pairwise
+
 from fewstep.errors import RecipeError, did_you_mean
 from fewstep.recipe.facts import BUNDLED, Facts
-from fewstep.recipe.schema import LAB_CATEGORIES, FolderSource, Recipe
+from fewstep.recipe.real_checks import check_real_teacher
+from fewstep.recipe.schema import (
+    LAB_CATEGORIES,
+    Anchor,
+    Consistency,
+    DecoupledDmd,
+    Dmd,
+    Dmd2,
+    FolderSource,
+    Recipe,
+    Renoise,
+    Tdm,
+    TrajectoryRegression,
+)
 
 
 def check_teachers(recipe: Recipe, facts: Facts) -> None:
@@ -32,6 +47,8 @@ def check_teachers(recipe: Recipe, facts: Facts) -> None:
                 field=field,
                 hint="train it with `fewstep teach`, or use bundled:<name>",
             )
+        if recipe.model.is_real:
+            check_real_teacher(recipe, name, facts)
         for task in teacher.tasks:
             if task not in teacher.cfg:
                 raise RecipeError(
@@ -74,7 +91,7 @@ def _check_models(recipe: Recipe) -> None:
 
 def check_source(recipe: Recipe, facts: Facts) -> None:
     source = recipe.data.source
-    if source.kind != recipe.model.family:
+    if source.kind != recipe.model.family and not recipe.model.is_real:
         raise RecipeError(
             f"{source.kind!r} data for a model of family {recipe.model.family!r}",
             field="data.source.kind",
@@ -103,8 +120,84 @@ def check_source(recipe: Recipe, facts: Facts) -> None:
             )
 
 
-def check_objective(recipe: Recipe) -> None:
-    anchor, init = recipe.objective.anchor, recipe.student.init
+def check_probe(recipe: Recipe) -> None:
+    probe, updates = recipe.log.probe, recipe.budget.updates
+    late = [step for step in (probe and probe.steps) or () if step > updates]
+    if late:
+        raise RecipeError(
+            f"{late[0]} lies after the last of {updates} updates",
+            field="log.probe.steps",
+            hint=f"use steps up to {updates}",
+        )
+
+
+def check_objective(recipe: Recipe, grid: tuple[float, ...]) -> None:
+    """`grid` is the student's, t_0 .. t_{K-1}."""
+    objective = recipe.objective
+    match objective:
+        case Dmd():
+            _check_times(objective.renoise, "objective.renoise")
+            _check_anchor(recipe, objective.anchor)
+        case Dmd2():
+            _check_times(objective.renoise, "objective.renoise")
+            _check_times(objective.gan.renoise, "objective.gan.renoise")
+            if recipe.model.family not in WITH_FEATURES:
+                raise RecipeError(
+                    f"dmd2 needs features for its discriminator, which a model of family "
+                    f"{recipe.model.family!r} does not show",
+                    field="objective.kind",
+                    hint=f"use dmd, or a model of family {' or '.join(WITH_FEATURES)}",
+                )
+        case DecoupledDmd():
+            _check_times(objective.renoise, "objective.renoise")
+            _check_times(objective.augmentation_renoise, "objective.augmentation_renoise")
+            if objective.matching_weight == objective.augmentation_weight == 0:
+                raise RecipeError(
+                    "both weights are 0, so that nothing would be learned",
+                    field="objective.matching_weight",
+                    hint="use 1 for both terms, or 0 for one of them",
+                )
+        case Tdm():
+            _check_intervals(objective, grid)
+        case TrajectoryRegression():
+            batch = recipe.budget.batch
+            if objective.trajectories % batch:
+                fitting = max(1, round(objective.trajectories / batch)) * batch
+                raise RecipeError(
+                    f"{objective.trajectories} does not divide into batches of {batch}",
+                    field="objective.trajectories",
+                    hint=f"use {fitting}",
+                )
+        case Consistency():
+            pass
+
+
+WITH_FEATURES = ("lab", "folder")
+"""Model families whose networks show hidden features (`objectives.gan.Features`)."""
+
+
+def _check_times(times: Renoise, field: str) -> None:
+    if times.low >= times.high:
+        raise RecipeError(
+            f"low={times.low:g} does not lie below high={times.high:g}",
+            field=field,
+            hint="use 0 <= low < high <= 1, such as low: 0.02, high: 0.98",
+        )
+
+
+def _check_intervals(objective: Tdm, grid: tuple[float, ...]) -> None:
+    for k, (start, end) in enumerate(pairwise((*grid, 0.0))):
+        if max(end, objective.low) >= min(start, objective.high):
+            raise RecipeError(
+                f"no time of step k={k}, {end:g} to {start:g}, lies between "
+                f"low={objective.low:g} and high={objective.high:g}",
+                field="objective.low" if start <= objective.low else "objective.high",
+                hint=f"use low < {grid[-1]:g} and high > {(*grid, 0.0)[1]:g}",
+            )
+
+
+def _check_anchor(recipe: Recipe, anchor: Anchor) -> None:
+    init = recipe.student.init
     if anchor.steps >= anchor.of:
         raise RecipeError(
             f"steps={anchor.steps} does not lie below of={anchor.of}",
@@ -121,11 +214,4 @@ def check_objective(recipe: Recipe) -> None:
             f"the teacher {init!r} is to make the target, but lacks the task {lacking[0]!r}",
             field="objective.anchor",
             hint=f"use weight: 0, or data.mixture {lacking[0]}: 0",
-        )
-    renoise = recipe.objective.renoise
-    if renoise.low >= renoise.high:
-        raise RecipeError(
-            f"low={renoise.low:g} does not lie below high={renoise.high:g}",
-            field="objective.renoise",
-            hint="use 0 <= low < high <= 1, such as low: 0.02, high: 0.98",
         )

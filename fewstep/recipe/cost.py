@@ -7,9 +7,23 @@ counts as two.
 from collections.abc import Mapping
 
 from fewstep.recipe.facts import Machine, ModelSize
-from fewstep.recipe.schema import Recipe, Strict, Task, Teacher
+from fewstep.recipe.schema import (
+    Consistency,
+    DecoupledDmd,
+    Dmd,
+    Dmd2,
+    Objective,
+    Recipe,
+    Strict,
+    Task,
+    Tdm,
+    Teacher,
+    TrajectoryRegression,
+)
 
 BACKWARD = 2.0
+FEATURES = 0.5
+"""A discriminator's forward pass: half of the network, and a head of no account."""
 
 # Bytes of activations kept for the backward pass, per token and unit of width in one transformer
 # layer in 16 bit: arXiv 2205.05198, without the attention matrix (fused attention keeps none).
@@ -21,12 +35,17 @@ class Cost(Strict):
     """Per sample and student update: the student's own steps, of which one carries gradient."""
     nfe_student_backward: float
     nfe_real: float
-    """All teachers of the condition with their CFG, mean over steps and conditions."""
+    """All teachers of the condition with their CFG, mean over steps and conditions; for trajectory
+    regression their walks, spread over the updates that use them."""
     nfe_fake_score: float
     nfe_fake_updates: float
     """n times: a rollout without gradient, and the fake score's forward and backward."""
     nfe_anchor: float
     """The teacher's walk to the target; only the first of the K steps needs it."""
+    nfe_gan: float = 0.0
+    """A discriminator's training with the fake score, and its gradient to the student's sample."""
+    nfe_target: float = 0.0
+    """Consistency: the student's own answer at the neighbour, without gradient."""
     nfe_per_sample: float
     nfe_per_update: float
     flop: float
@@ -41,8 +60,13 @@ class Memory(Strict):
     student: int
     """Weights, gradients, two Adam moments and the EMA, in float32."""
     fake: int
+    """Weights, gradients and two Adam moments, and those of a discriminator's head."""
     teachers: int
     activations: int
+    """Largest of an update, of the optimiser's step and of sampling, which never meet."""
+    autoencoder: int = 0
+    margin: int = 0
+    """What cannot be computed: the device's context, libraries, holes between tensors."""
     total: int
 
 
@@ -55,30 +79,29 @@ def estimate_cost(
     machine: Machine,
     model: ModelSize,
 ) -> Cost:
-    """`nfe_real` and `samples` (over the budget) are per task."""
+    """`nfe_real`, of one real score, and `samples` (over the budget) are per task."""
     total = sum(samples.values())
-    real = sum(nfe_real[task] * number for task, number in samples.items()) / total
-    # Step k is drawn uniformly from 0 .. K-1 and the student runs up to it: (K + 1) / 2 on average.
-    rollout = (steps + 1) / 2
-    fake_updates = recipe.objective.fake_updates * (rollout + 1 + BACKWARD)
-    anchors = {task: _anchor_nfe(recipe, task, steps) for task in samples}
-    anchor = sum(anchors[task] * number for task, number in samples.items()) / total
-    fixed = rollout + BACKWARD + 1 + fake_updates
+    parts = {
+        task: _parts(
+            recipe, task, steps, nfe_real[task], samples=total, back=backward(model, task)
+        )
+        for task in samples
+    }
+    mean = {
+        part: sum(parts[task][part] * number for task, number in samples.items()) / total
+        for part in next(iter(parts.values()))
+    }
+    per_sample = sum(mean.values())
     flop = sum(
-        number * (fixed + anchors[task] + nfe_real[task]) * forward_flop(model, task)
+        number * sum(n * flop_of(part, model, task) for part, n in parts[task].items())
         for task, number in samples.items()
     )
     evaluation_nfe, evaluation_flop = _evaluation(recipe, steps, model)
     flops = machine.flops * machine.devices
     return Cost(
-        nfe_rollout=rollout,
-        nfe_student_backward=BACKWARD,
-        nfe_real=real,
-        nfe_fake_score=1.0,
-        nfe_fake_updates=fake_updates,
-        nfe_anchor=anchor,
-        nfe_per_sample=fixed + anchor + real,
-        nfe_per_update=(fixed + anchor + real) * recipe.budget.batch,
+        **mean,
+        nfe_per_sample=per_sample,
+        nfe_per_update=per_sample * recipe.budget.batch,
         flop=flop,
         seconds=flop / flops,
         evaluation_nfe=evaluation_nfe,
@@ -86,13 +109,75 @@ def estimate_cost(
     )
 
 
+def flop_of(part: str, model: ModelSize, task: str) -> float:
+    """FLOPs of one evaluation counted in this field of `Cost`; a real model's are measured."""
+    if task not in model.passes:
+        return forward_flop(model, task)
+    passes = model.passes[task]
+    if part in ("nfe_real", "nfe_anchor"):
+        return passes.teacher_flop
+    return passes.student_flop
+
+
+def backward(model: ModelSize, task: str) -> float:
+    """A backward pass in evaluations. Frozen weights take none of it, checkpointing adds one."""
+    if task not in model.passes:
+        return BACKWARD
+    passes = model.passes[task]
+    return passes.training_flop / passes.student_flop - 1
+
+
+def _parts(
+    recipe: Recipe, task: Task, steps: int, real: float, *, samples: int, back: float
+) -> dict[str, float]:
+    """Evaluations per sample and student update, by the field of `Cost` that they go to."""
+    objective = recipe.objective
+    # Step k is drawn uniformly from 0 .. K-1 and the student runs up to it: (K + 1) / 2 on average.
+    rollout = (steps + 1) / 2
+    fake_updates = gan = anchor = target = 0.0
+    fake_score = 1.0
+    match objective:
+        case Dmd() | Dmd2() | DecoupledDmd() | Tdm():
+            fake_updates = objective.fake_updates * (rollout + 1 + back)
+        case Consistency():
+            rollout, fake_score, target = 1.0, 0.0, 1.0
+        case TrajectoryRegression():
+            walks = min(objective.trajectories, samples)
+            rollout, fake_score = 1.0, 0.0
+            real *= steps * objective.substeps * walks / samples
+    if isinstance(objective, Dmd):
+        anchor = _anchor_nfe(recipe, objective, task, steps)
+    if isinstance(objective, Dmd2):
+        # The student needs the gradient at the sample alone, half of a backward pass; the fake
+        # score trains on a real and a student's image each time.
+        gan = FEATURES * (1 + BACKWARD / 2) + objective.fake_updates * 2 * FEATURES * (1 + BACKWARD)
+    return {
+        "nfe_rollout": rollout,
+        "nfe_student_backward": back,
+        "nfe_real": real,
+        "nfe_fake_score": fake_score,
+        "nfe_fake_updates": fake_updates,
+        "nfe_anchor": anchor,
+        "nfe_gan": gan,
+        "nfe_target": target,
+    }
+
+
 def evaluations_per_step(teacher: Teacher, task: Task) -> int:
     """Guidance costs a second evaluation."""
     return 2 if teacher.cfg.get(task, 1.0) != 1 else 1
 
 
-def _anchor_nfe(recipe: Recipe, task: Task, steps: int) -> float:
-    anchor = recipe.objective.anchor
+def evaluations_per_score(objective: Objective, teacher: Teacher, task: Task) -> int:
+    """What one teacher is asked for one real score."""
+    own = evaluations_per_step(teacher, task)
+    if isinstance(objective, DecoupledDmd):  # bare at one time; both branches at another
+        return 3 if own == 2 else 1
+    return own
+
+
+def _anchor_nfe(recipe: Recipe, objective: Dmd, task: Task, steps: int) -> float:
+    anchor = objective.anchor
     if anchor.weight == 0:
         return 0.0
     return anchor.steps * evaluations_per_step(recipe.teachers[recipe.student.init], task) / steps
@@ -100,6 +185,8 @@ def _anchor_nfe(recipe: Recipe, task: Task, steps: int) -> float:
 
 def tokens(model: ModelSize, task: str) -> int:
     """Length of the joint sequence."""
+    if task in model.passes:
+        return model.passes[task].tokens
     source = model.source_tokens if task == "edit" else 0
     return model.image_tokens + model.text_tokens + source
 
@@ -121,26 +208,93 @@ def _evaluation(recipe: Recipe, steps: int, model: ModelSize) -> tuple[float, fl
                 evaluations = teacher.steps * evaluations_per_step(teacher, task)
             else:
                 evaluations = steps
+            part = "nfe_real" if kind != "student" else "nfe_rollout"
             nfe += cases * evaluations
-            flop += cases * evaluations * forward_flop(model, task)
+            flop += cases * evaluations * flop_of(part, model, task)
     return nfe, flop
 
 
 def estimate_memory(
     recipe: Recipe, *, teachers: int, tasks: tuple[str, ...], model: ModelSize
 ) -> Memory:
-    """Weights are held in float32; `precision` decides the activations."""
-    weights = 4 * model.params
+    """What is trained is held in float32; `precision` decides the activations, and the weights of
+    frozen networks of real models."""
+    if model.passes:
+        return _measured_memory(recipe, model)
+    weights = 4 * (model.params if model.trained is None else model.trained)
     student = weights * (5 if recipe.ema else 4)
-    fake = weights * 4
+    # Without a fake score its copy of the weights lies idle.
+    fake = weights * (1 if isinstance(recipe.objective, Consistency | TrajectoryRegression) else 4)
+    if isinstance(recipe.objective, Dmd2):
+        fake += 16 * (model.width**2 + 4 * model.width + 1)
     width = 1 if recipe.precision == "bf16" else 2
     longest = max(tokens(model, task) for task in tasks)
     per_sample = ACTIVATION_BYTES * width * longest * model.width * model.depth
+    if recipe.model.is_real and recipe.model.roles.checkpointing:  # the input of each block
+        per_sample = 2 * width * longest * model.width * model.depth
     activations = per_sample * recipe.budget.micro_batch
+    frozen = 4 * model.params * teachers
+    if model.networks is not None:
+        frozen = (2 if recipe.precision == "bf16" else 4) * model.params * model.networks
     return Memory(
         student=student,
         fake=fake,
-        teachers=teachers * weights,
+        teachers=frozen,
         activations=activations,
-        total=student + fake + teachers * weights + activations,
+        total=student + fake + frozen + activations,
+    )
+
+
+CONTEXT = 2**30
+"""Of a CUDA context with its libraries and their workspaces; not measured here."""
+HOLES = 0.1
+"""Part of what comes and goes that the allocator cannot use again; assumed."""
+
+
+def _measured_memory(recipe: Recipe, model: ModelSize) -> Memory:
+    """Trained weights, their gradients, moments and average are float32, the rest is as loaded.
+
+    Student and fake score never have gradients at the same time, and sampling, which sets the
+    student's own weights aside, has none: there is room for one such copy. The optimiser works on
+    all tensors at once and needs another for its roots.
+    """
+    wide = 4 * (model.params if model.trained is None else model.trained)
+    narrow = 2 if recipe.precision == "bf16" else 4
+    trains_fake = not isinstance(recipe.objective, Consistency | TrajectoryRegression)
+    student = wide * (5 if recipe.ema else 4)
+    fake = wide * (3 if trains_fake else 1)
+    frozen = narrow * (model.params * (model.networks or 1) + model.loras)
+    autoencoder = narrow * model.autoencoder
+    used = model.passes.values()
+    update = max(max(p.training_bytes, p.kept_bytes + p.forward_bytes) for p in used)
+    per_image = max(p.forward_bytes for p in used) / recipe.budget.micro_batch
+    sampling = max(
+        images_at_once(recipe) * per_image,
+        max(p.decoder_bytes for p in used),
+    )
+    coming = round(max(update, sampling, wide))
+    margin = CONTEXT + round(HOLES * coming)
+    return Memory(
+        student=student,
+        fake=fake,
+        teachers=frozen,
+        activations=coming,
+        autoencoder=autoencoder,
+        margin=margin,
+        total=student + fake + frozen + coming + autoencoder + margin,
+    )
+
+
+EVALUATION_BATCH = 32
+"""Images that `evals.runner` draws at once."""
+
+
+def images_at_once(recipe: Recipe) -> int:
+    """The most that sample grids, probes and the evaluation draw in one batch."""
+    probe, spec = recipe.log.probe, recipe.evaluation
+    cases = spec.per_category * spec.seeds_per_case
+    return max(
+        recipe.log.sample_seeds,
+        probe.per_category * probe.seeds if probe else 0,
+        min(EVALUATION_BATCH, cases),
     )

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from fewstep.recipe.schema import FolderSource, Recipe
+from fewstep.recipe.available import count_available
+from fewstep.recipe.families import (
+    BASE,
+    EDIT,
+    TOKEN,
+    PipelineFacts,
+    lora_problem,
+    read_pipeline,
+)
+from fewstep.recipe.schema import FolderSource, LoraCast, PromptSource, Recipe
 
 BUNDLED_WEIGHTS = Path(__file__).parent.parent / "lab" / "weights"
 BUNDLED = "bundled:"
@@ -31,6 +40,29 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Of a real model at one task, as `models.families.size` has measured: FLOPs of a sample, and
+    bytes of a micro-batch beyond weights, inputs and the gradients of parameters."""
+
+    tokens: int
+    """Length of the joint sequence."""
+    teacher_flop: float
+    """Forwards, without adapters."""
+    student_flop: float
+    """Forwards, with the adapter."""
+    training_flop: float
+    """Forwards and backwards, with what checkpointing computes again."""
+    forward_bytes: int
+    """Largest during a forward pass without gradient."""
+    kept_bytes: int
+    """From the forward pass to the backward pass."""
+    training_bytes: int
+    """Largest during both."""
+    decoder_bytes: int
+    """Largest while the autoencoder makes one image."""
+
+
+@dataclass(frozen=True)
 class ModelSize:
     params: int
     image_tokens: int
@@ -38,6 +70,16 @@ class ModelSize:
     source_tokens: int
     width: int = 256
     depth: int = 6
+    trained: int | None = None
+    """Parameters that student and fake score have of their own; None = all."""
+    networks: int | None = None
+    """Frozen networks, where teachers and LoRA roles share them; None = one a teacher."""
+    autoencoder: int = 0
+    """Parameters of the autoencoder of a real model."""
+    loras: int = 0
+    """Parameters of the teachers' LoRAs."""
+    passes: Mapping[str, Passes] = field(default_factory=dict)
+    """By task; empty where nothing was measured, and the plan estimates."""
 
 
 LAB_MODEL = ModelSize(params=5_400_000, image_tokens=16, text_tokens=24, source_tokens=16)
@@ -54,6 +96,13 @@ class Facts:
     available: Mapping[str, int] = field(default_factory=dict)
     """By pool: the number of prompts at hand, where known."""
     model: ModelSize = LAB_MODEL
+    pipelines: Mapping[str, PipelineFacts] = field(default_factory=dict)
+    """Of a real model: what lies in model.path (`base`), in model.edit_path (`edit`), and in every
+    other folder that a teacher's `weights` name."""
+    lora_problems: Mapping[str, str] = field(default_factory=dict)
+    """By teacher: what is wrong with its LoRA file; absent when nothing is."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the plan has to know about these facts."""
 
 
 def local_machine(devices: int = 1) -> Machine:
@@ -72,6 +121,8 @@ def local_machine(devices: int = 1) -> Machine:
 
 def gather_facts(recipe: Recipe) -> Facts:
     """Look at the disk: bundled weights, headers of weights files, the data folder."""
+    if recipe.model.is_real:
+        return _real_facts(recipe)
     files = BUNDLED_WEIGHTS.glob("*.safetensors")
     bundled = frozenset(file.stem for file in files if read_model_size(file).model)
     problems: dict[str, str] = {}
@@ -86,7 +137,53 @@ def gather_facts(recipe: Recipe) -> Facts:
             model = header.model
     source = recipe.data.source
     missing = isinstance(source, FolderSource) and not _exists(source.path)
-    return Facts(bundled=bundled, weights_problems=problems, source_missing=missing, model=model)
+    return Facts(
+        bundled=bundled,
+        weights_problems=problems,
+        source_missing=missing,
+        available=count_available(recipe),
+        model=model,
+    )
+
+
+TEXT_TOKENS = 256
+"""Of a prompt to a real model, for estimates."""
+
+
+def _real_facts(recipe: Recipe) -> Facts:
+    model, source = recipe.model, recipe.data.source
+    named = {BASE: model.path, EDIT: model.edit_path}
+    asked = {teacher.weights for teacher in recipe.teachers.values()} - set(named)
+    folders = {name: path for name, path in named.items() if path} | {w: w for w in asked}
+    found = {name: read_pipeline(Path(path).expanduser()) for name, path in folders.items()}
+    nothing = PipelineFacts(problem="nothing")
+    loras = {
+        name: lora_problem(Path(teacher.lora).expanduser(), found.get(teacher.weights, nothing))
+        for name, teacher in recipe.teachers.items()
+        if teacher.lora and not found.get(teacher.weights, nothing).problem
+    }
+    init = recipe.teachers.get(recipe.student.init)
+    own = found.get(init.weights if init else BASE, nothing)
+    side = TOKEN.get(model.family, 16)
+    used = {teacher.weights for teacher in recipe.teachers.values()}
+    spec = model.roles
+    size = ModelSize(
+        params=own.params,
+        image_tokens=model.size[0] * model.size[1] // side**2,
+        text_tokens=TEXT_TOKENS,
+        source_tokens=(model.source_resolution or 1024) ** 2 // side**2,
+        width=own.width,
+        depth=own.depth,
+        trained=own.lora_params(spec.rank) if isinstance(spec, LoraCast) else own.params,
+        networks=len(used),
+    )
+    return Facts(
+        source_missing=isinstance(source, PromptSource) and not _exists(source.path),
+        available=count_available(recipe),
+        model=size,
+        pipelines=found,
+        lora_problems={name: problem for name, problem in loras.items() if problem},
+    )
 
 
 def weights_path(weights: str) -> Path:

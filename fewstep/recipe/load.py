@@ -6,7 +6,7 @@ Any pydantic schema can be loaded this way (`load_yaml`); `load_recipe` is the o
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,10 +36,43 @@ def load_yaml(path: str | Path, schema: type[T], overrides: Mapping[str, str] | 
     data, origins = _read(Path(path), chain=())
     for dotted, text in (overrides or {}).items():
         _override(data, origins, dotted, text)
+    return _checked(data, origins, schema, default=str(path))
+
+
+def load_layered(path: str | Path, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Recipe:
+    """Read a recipe and lay mappings over it as `extends` does, the last one uppermost.
+
+    Each layer has a name for messages; its keys may be dotted, {"data.mixture.edit": 0}.
+    """
+    data, origins = _read(Path(path), chain=())
+    for where, layer in layers:
+        for dotted, value in layer.items():
+            *outer, last = dotted.split(".")
+            own: dict[str, Any] = {last: value}
+            for key in reversed(outer):
+                own = {key: own}
+            data = _merge(data, own)
+            for at in _leaves(own):
+                for stale in [keys for keys in origins if keys[: len(at)] == at]:
+                    del origins[stale]
+                origins[at] = where
+    return _checked(data, origins, Recipe, default=str(path))
+
+
+def _leaves(data: Mapping[str, Any], at: Keys = ()) -> Iterator[Keys]:
+    """The paths of everything that is no mapping, or an empty one."""
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*at, key))
+        else:
+            yield (*at, key)
+
+
+def _checked(data: dict[str, Any], origins: Origins, schema: type[T], *, default: str) -> T:
     try:
         return schema.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, schema, origins, default=str(path)) from None
+        raise _explain(error, schema, origins, default=default) from None
 
 
 def dump_yaml(model: BaseModel) -> str:

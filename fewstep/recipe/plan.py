@@ -10,33 +10,22 @@ from fractions import Fraction
 from typing import TypeVar
 
 from fewstep.errors import RecipeError, did_you_mean
-from fewstep.recipe.checks import check_objective, check_source, check_teachers
-from fewstep.recipe.cost import Cost, Memory, estimate_cost, estimate_memory, evaluations_per_step
-from fewstep.recipe.facts import Facts, Machine, gather_facts
+from fewstep.recipe.checks import check_objective, check_probe, check_source, check_teachers
+from fewstep.recipe.cost import Cost, Memory, estimate_cost, estimate_memory
+from fewstep.recipe.facts import Facts, Machine, ModelSize, gather_facts
+from fewstep.recipe.guidance import Guidance, real_score_nfe, resolve_guidance
+from fewstep.recipe.real_checks import check_model
 from fewstep.recipe.schema import (
+    TASKS,
+    Dmd,
     ExplicitGrid,
-    GuidanceRule,
     Pool,
     Recipe,
     Strict,
     Task,
 )
 
-SUM_TOLERANCE = 1e-6
-
 Name = TypeVar("Name", bound=str)
-
-
-class Guidance(Strict):
-    """The teachers of one condition: lambda[k][m] and the CFG scale of each."""
-
-    task: Task
-    category: str
-    rule: int
-    """Index of the guidance rule that matched."""
-    weights: tuple[dict[str, float], ...]
-    """One row per student step; only the non-zero entries."""
-    cfg: dict[str, float]
 
 
 class TaskQuota(Strict):
@@ -66,6 +55,27 @@ class BatchPlan(Strict):
     """Micro-batches per student update on each device."""
 
 
+class TaskSize(Strict):
+    tokens: int
+    """Length of the joint sequence: text, sources, target."""
+    forward_flop: float
+    """Of the frozen network on one sample."""
+    training_flop: float
+    """Of the student, forwards and backwards."""
+    kept: int
+    """Bytes that a micro-batch keeps for the backward pass."""
+
+
+class Size(Strict):
+    params: int
+    """Of one network."""
+    networks: int
+    """Frozen networks in memory."""
+    trained: int
+    """Parameters of the student."""
+    tasks: dict[Task, TaskSize]
+
+
 class Plan(Strict):
     name: str
     recipe_hash: str
@@ -81,10 +91,21 @@ class Plan(Strict):
     updates: int
     cost: Cost
     memory: Memory
+    size: Size | None = None
+    """Of a real model."""
+    notes: tuple[str, ...] = ()
+    """What to know before relying on these numbers."""
 
     def weights(self, task: Task, category: str) -> tuple[dict[str, float], ...]:
         """lambda[k][m] of one condition."""
         return self.condition(task, category).weights
+
+    def group(self, task: Task, category: str) -> str:
+        """The conditions that share this one's lambda: `t2i`, or `t2i/text` of several groups."""
+        peers = [entry for entry in self.guidance if entry.task == task]
+        rule = self.condition(task, category).rule
+        own = [entry.category for entry in peers if entry.rule == rule]
+        return task if len(own) == len(peers) else f"{task}/{'+'.join(own)}"
 
     def condition(self, task: Task, category: str) -> Guidance:
         for entry in self.guidance:
@@ -97,19 +118,21 @@ class Plan(Strict):
 def make_plan(recipe: Recipe, machine: Machine, facts: Facts | None = None) -> Plan:
     """Everything that will happen, or a refusal. Pure when `facts` are given."""
     facts = gather_facts(recipe) if facts is None else facts
+    check_model(recipe, facts)
     check_teachers(recipe, facts)
     check_source(recipe, facts)
-    check_objective(recipe)
+    check_probe(recipe)
     grid = student_grid(recipe)
-    guidance = _resolve_guidance(recipe, steps=len(grid))
+    check_objective(recipe, grid)
+    guidance = resolve_guidance(recipe, steps=len(grid))
     batch = _batch_arithmetic(recipe, devices=machine.devices)
     tasks, pools = _resolve_quotas(recipe, batch)
-    used = {name for entry in guidance for row in entry.weights for name in row}
-    if recipe.objective.anchor.weight > 0:
+    used = {name for entry in guidance for name in entry.cfg}
+    if isinstance(recipe.objective, Dmd) and recipe.objective.anchor.weight > 0:
         used.add(recipe.student.init)
     teachers = tuple(name for name in recipe.teachers if name in used)
     shares = {quota.pool: quota.samples for quota in pools}
-    nfe_real = _real_score_nfe(recipe, guidance, shares)
+    nfe_real = real_score_nfe(recipe, guidance, shares)
     return Plan(
         name=recipe.name,
         recipe_hash=recipe.content_hash(),
@@ -135,6 +158,37 @@ def make_plan(recipe: Recipe, machine: Machine, facts: Facts | None = None) -> P
             tasks=tuple(quota.task for quota in tasks),
             model=facts.model,
         ),
+        size=_size(facts.model),
+        notes=(*facts.notes, *_device_notes(machine)),
+    )
+
+
+def _size(model: ModelSize) -> Size | None:
+    if not model.passes:
+        return None
+    return Size(
+        params=model.params,
+        networks=model.networks or 1,
+        trained=model.params if model.trained is None else model.trained,
+        tasks={
+            task: TaskSize(
+                tokens=passes.tokens,
+                forward_flop=passes.teacher_flop,
+                training_flop=passes.training_flop,
+                kept=passes.kept_bytes,
+            )
+            for task, passes in model.passes.items()
+            if task in TASKS
+        },
+    )
+
+
+def _device_notes(machine: Machine) -> tuple[str, ...]:
+    if machine.devices == 1:
+        return ()
+    return (
+        f"`fewstep distill` trains on one device; what is said of {machine.devices} is arithmetic "
+        "alone, without the time of communication",
     )
 
 
@@ -193,99 +247,6 @@ def apportion(weights: Mapping[Name, int | float], total: int) -> dict[Name, int
         urgency = {n: (Fraction(extra[n] + 1, whole[n]), -behind[n]) for n in eligible}
         extra[min(eligible, key=urgency.__getitem__)] += 1
     return {name: rounds * w + extra[name] for name, w in whole.items()}
-
-
-def _resolve_guidance(recipe: Recipe, *, steps: int) -> tuple[Guidance, ...]:
-    """Which rule each condition meets, and that every rule is right and met by one."""
-    for index, rule in enumerate(recipe.guidance):
-        _check_rule(recipe, index, rule, steps)
-    conditions = recipe.data.conditions()
-    entries = tuple(
-        _resolve_condition(recipe, task, category, steps) for task, category in conditions
-    )
-    met = {entry.rule for entry in entries}
-    for index, rule in enumerate(recipe.guidance):
-        if index not in met:
-            shadowed = any(_matches(rule, task, category) for task, category in conditions)
-            reason = "every condition it matches is taken by an earlier rule"
-            listed = ", ".join(f"{task}/{category}" for task, category in conditions)
-            raise RecipeError(
-                f"never applies: {reason if shadowed else f'no pool has {_describe(rule)}'}",
-                field=f"guidance[{index}]",
-                hint="move it up or remove it" if shadowed else f"the pools have {listed}",
-            )
-    return entries
-
-
-def _check_rule(recipe: Recipe, index: int, rule: GuidanceRule, steps: int) -> None:
-    field = f"guidance[{index}] ({_describe(rule)})"
-    if len(rule.weights) not in (1, steps):
-        raise RecipeError(
-            f"has {len(rule.weights)} rows of weights for {steps} student steps",
-            field=field,
-            hint=f"use {steps} rows, or 1 for all steps",
-        )
-    for k, row in enumerate(rule.weights):
-        for name, weight in row.items():
-            if name not in recipe.teachers:
-                raise RecipeError(
-                    f"row k={k}: no teacher is called {name!r}",
-                    field=field,
-                    hint=did_you_mean(name, recipe.teachers),
-                )
-            if not 0 <= weight <= 1:
-                raise RecipeError(
-                    f"row k={k}: lambda of {name!r} is {weight:g}",
-                    field=field,
-                    hint="use a number in [0, 1]",
-                )
-        total = math.fsum(row.values())
-        if abs(total - 1) > SUM_TOLERANCE:
-            raise RecipeError(
-                f"row k={k}: lambda sums to {total:g}, not 1",
-                field=field,
-                hint=_rescaled(row, total),
-            )
-
-
-def _resolve_condition(recipe: Recipe, task: Task, category: str, steps: int) -> Guidance:
-    for index, rule in enumerate(recipe.guidance):
-        if not _matches(rule, task, category):
-            continue
-        rows = rule.weights * steps if len(rule.weights) == 1 else rule.weights
-        weights = tuple({name: w for name, w in row.items() if w > 0} for row in rows)
-        names = [name for name in recipe.teachers if any(name in row for row in weights)]
-        for name in names:
-            if task not in recipe.teachers[name].tasks:
-                able = [n for n, teacher in recipe.teachers.items() if task in teacher.tasks]
-                raise RecipeError(
-                    f"teacher {name!r} is to guide {task}/{category}, but lacks the task {task!r}",
-                    field=f"guidance[{index}] ({_describe(rule)})",
-                    hint=f"teachers with {task}: {', '.join(able) or 'none'}",
-                )
-        cfg = {name: recipe.teachers[name].cfg[task] for name in names}
-        return Guidance(task=task, category=category, rule=index, weights=weights, cfg=cfg)
-    raise RecipeError(
-        f"no rule matches {task}/{category}",
-        field="guidance",
-        hint="let the last rule have no `when`, so that it matches everything",
-    )
-
-
-def _matches(rule: GuidanceRule, task: Task, category: str) -> bool:
-    return rule.when.task in (None, task) and rule.when.category in (None, category)
-
-
-def _describe(rule: GuidanceRule) -> str:
-    asked = [("task", rule.when.task), ("category", rule.when.category)]
-    return ", ".join(f"{key}={value}" for key, value in asked if value is not None) or "everything"
-
-
-def _rescaled(row: Mapping[str, float], total: float) -> str:
-    if total <= 0:
-        return "give one teacher the weight 1"
-    scaled = ", ".join(f"{name}: {weight / total:.4g}" for name, weight in row.items())
-    return f"in the same proportions: {{{scaled}}}"
 
 
 def _batch_arithmetic(recipe: Recipe, *, devices: int) -> BatchPlan:
@@ -373,25 +334,3 @@ def _pools_of(recipe: Recipe, task: Task) -> str:
     return (
         ", ".join(name for name, pool in recipe.data.pools.items() if pool.task == task) or "none"
     )
-
-
-def _real_score_nfe(
-    recipe: Recipe, guidance: tuple[Guidance, ...], samples: Mapping[str, int]
-) -> dict[Task, float]:
-    """Per task: teacher evaluations for one real score, mean over the steps k and the pools."""
-    by_condition = {
-        (entry.task, entry.category): sum(
-            evaluations_per_step(recipe.teachers[name], entry.task)
-            for row in entry.weights
-            for name in row
-        )
-        / len(entry.weights)
-        for entry in guidance
-    }
-    sums: dict[Task, float] = {}
-    totals: dict[Task, int] = {}
-    for name, number in samples.items():
-        pool = recipe.data.pools[name]
-        sums[pool.task] = sums.get(pool.task, 0) + number * by_condition[pool.task, pool.category]
-        totals[pool.task] = totals.get(pool.task, 0) + number
-    return {task: sums[task] / totals[task] for task in sums}

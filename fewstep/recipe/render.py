@@ -1,12 +1,16 @@
 """A plan as tables for the terminal."""
 
+import math
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from fewstep.recipe.cost import Cost, Memory
-from fewstep.recipe.plan import Guidance, Plan
+from fewstep.recipe.guidance import Guidance
+from fewstep.recipe.plan import Plan, Size
+from fewstep.recipe.schema import LambdaTable
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -14,10 +18,13 @@ def render_plan(plan: Plan) -> RenderableType:
     return Group(
         f"[bold]{plan.name}[/bold]  recipe {plan.recipe_hash}  on {plan.machine}",
         _guidance_table(plan),
+        *_adaptive_lines(plan),
         _quota_table(plan),
         _batch_line(plan),
+        *([_size_table(plan.size)] if plan.size else []),
         _cost_table(plan.cost, plan.updates),
         _memory_table(plan.memory),
+        *(f"[bold]note:[/bold] {escape(note)}" for note in plan.notes),
     )
 
 
@@ -28,15 +35,36 @@ def _guidance_table(plan: Plan) -> Table:
         table.add_column(f"k={k}  t={t:.3g}")
     table.add_column("CFG")
     for names, entry in _grouped(plan.guidance):
-        rows = [
-            " + ".join(
-                name if weight == 1 else f"{weight:g} {name}" for name, weight in row.items()
-            )
-            for row in entry.weights
-        ]
         cfg = ", ".join(f"{name} {scale:g}" for name, scale in entry.cfg.items())
-        table.add_row(names, *rows, cfg)
+        if entry.adaptive is None:
+            table.add_row(names, *_mixes(entry.weights), cfg)
+            continue
+        table.add_row(names, *_mixes(entry.adaptive.start), cfg)
+        table.add_row("  moving towards", *_mixes(entry.weights), "", end_section=True)
     return table
+
+
+def _mixes(rows: LambdaTable) -> list[str]:
+    """`0.5 base + 0.5 t2i` for each step."""
+    return [
+        " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in row.items())
+        for row in rows
+    ]
+
+
+def _adaptive_lines(plan: Plan) -> Iterator[str]:
+    """How lambda moves, in the words of docs/stability.md."""
+    trained = {quota.task for quota in plan.tasks}
+    for names, entry in _grouped(plan.guidance):
+        if (rule := entry.adaptive) is None or entry.task not in trained:
+            continue
+        yield (
+            f"{names} moves at a speed of {rule.rate:g} an update while the mismatch of the "
+            f"gaining teachers is at most {rule.tolerance:g} x that of the losing ones, slower "
+            f"above, not at {rule.limit:g} x, back beyond; all the way takes at least "
+            f"{math.ceil(1 / rule.rate):,} of {plan.updates:,} updates. A teacher without weight "
+            f"is measured every {rule.every} updates."
+        )
 
 
 def _grouped(guidance: tuple[Guidance, ...]) -> Iterator[tuple[str, Guidance]]:
@@ -73,6 +101,22 @@ def _batch_line(plan: Plan) -> str:
     )
 
 
+def _size_table(size: Size) -> Table:
+    networks = f"{size.networks} network{'s' if size.networks > 1 else ''}"
+    table = Table(
+        title=f"{networks} of {size.params:,} parameters, {size.trained:,} trained",
+        title_justify="left",
+    )
+    table.add_column("one sample")
+    headings = ("tokens", "forward", "student, forward and backward", "kept in between")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for task, one in size.tasks.items():
+        flops = (f"{flop / 1e12:,.3g} TFLOP" for flop in (one.forward_flop, one.training_flop))
+        table.add_row(task, f"{one.tokens:,}", *flops, _bytes(one.kept))
+    return table
+
+
 def _cost_table(cost: Cost, updates: int) -> Table:
     table = Table(title="cost, in network evaluations per sample and update", title_justify="left")
     table.add_column("part")
@@ -80,10 +124,12 @@ def _cost_table(cost: Cost, updates: int) -> Table:
     parts = {
         "student: rollout up to step k": cost.nfe_rollout,
         "student: backward": cost.nfe_student_backward,
-        "real score (teachers with CFG)": cost.nfe_real,
+        "teachers with CFG": cost.nfe_real,
         "fake score": cost.nfe_fake_score,
         "fake-score updates": cost.nfe_fake_updates,
         "first-step anchor": cost.nfe_anchor,
+        "discriminator": cost.nfe_gan,
+        "student: answer at the neighbour": cost.nfe_target,
     }
     for part, nfe in parts.items():
         if nfe:
@@ -107,12 +153,15 @@ def _memory_table(memory: Memory) -> Table:
     table.add_column("size", justify="right")
     parts = {
         "student (weights, gradients, Adam, EMA)": memory.student,
-        "fake score (weights, gradients, Adam)": memory.fake,
+        "fake score, discriminator": memory.fake,
         "teachers": memory.teachers,
+        "autoencoder": memory.autoencoder,
         "activations": memory.activations,
+        "margin for what is not computed": memory.margin,
     }
     for part, size in parts.items():
-        table.add_row(part, _bytes(size))
+        if size or part not in ("autoencoder", "margin for what is not computed"):
+            table.add_row(part, _bytes(size))
     table.add_section()
     table.add_row("all", f"[bold]{_bytes(memory.total)}[/bold]")
     return table

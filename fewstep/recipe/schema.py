@@ -6,7 +6,7 @@ machine or on the disk is refused by `recipe.plan.make_plan`.
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,14 +37,67 @@ class Strict(BaseModel):
     )
 
 
+class LoraCast(Strict):
+    kind: Literal["lora"]
+    rank: Count = 64
+    alpha: Positive | None = None
+    """Scale of the update is alpha / rank; null = rank."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Endings of the names of linear layers, such as to_q; null = attention and MLP."""
+    checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping what is inside it."""
+    compile: bool = False
+    """torch.compile for the repeated blocks."""
+
+
+class FullCast(Strict):
+    kind: Literal["full"]
+    checkpointing: bool = False
+    compile: bool = False
+
+
+RealFamily = Literal[
+    "qwen_image", "qwen_image_21", "flux2_klein", "stable_diffusion_3", "z_image", "sana"
+]
+
+
 class Model(Strict):
-    family: Literal["lab", "folder"]
-    """lab: the network of the bundled world; folder: one trained by `fewstep teach` on a folder."""
+    family: Literal["lab", "folder"] | RealFamily
+    """lab: the network of the bundled world; folder: one trained by `fewstep teach` on a folder;
+    the others are real models, and what follows is for them."""
+    path: str | None = None
+    """Folder of a diffusers pipeline."""
+    edit_path: str | None = None
+    """Folder of a second pipeline of the family, for editing: Qwen-Image-Edit-Plus."""
+    size: tuple[Count, Count] = (1024, 1024)
+    """Height and width of the images in pixels."""
+    source_resolution: Count | None = None
+    """Qwen-Image 2.1: side of a square of the area to which sources are resized; null = 1024."""
+    cast: Annotated[LoraCast | FullCast, Field(discriminator="kind")] | None = None
+    """lora: student and fake score are adapters on one frozen network; full: copies of it.
+    null = lora for real models; those of lab and folder are always copies."""
+
+    @property
+    def is_real(self) -> bool:
+        return self.family not in ("lab", "folder")
+
+    @property
+    def roles(self) -> LoraCast | FullCast:
+        """The cast of a real model."""
+        return self.cast or LoraCast(kind="lora")
 
 
 class Teacher(Strict):
     weights: Annotated[str, Field(min_length=1)]
-    """`bundled:<name>`, or the path of a .safetensors file written by `fewstep teach`."""
+    """`bundled:<name>`, or the path of a .safetensors file written by `fewstep teach`. For a real
+    model `base` (the network in model.path), `edit` (that in model.edit_path), or the folder of
+    another checkpoint."""
+    lora: str | None = None
+    """A LoRA file on top of `weights` (real models)."""
+    negative: str | None = None
+    """The prompt that guidance moves away from; null = what the family is used with."""
+    template: str | None = None
+    """How this teacher reads a prompt, such as "{prompt}, a photograph"; null = as it is."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
     """What this teacher was trained for."""
     cfg: dict[Task, Positive]
@@ -53,6 +106,8 @@ class Teacher(Strict):
     """Sampling steps of this teacher as the multi-step reference (40 with CFG = 80 NFE)."""
     shift: Positive = 1.0
     """s in t -> s t / (1 + (s - 1) t) of this teacher's own time grid."""
+    grid: Literal["shift", "pipeline"] = "shift"
+    """Times of the multi-step reference: by `shift`, or as the pipeline's scheduler places them."""
 
 
 class ShiftGrid(Strict):
@@ -79,6 +134,9 @@ class Student(Strict):
     """The times at which the student is evaluated."""
 
 
+CACHE = ".fewstep-cache"
+
+
 class LabSource(Strict):
     kind: Literal["lab"]
 
@@ -94,11 +152,21 @@ class FolderSource(Strict):
     text_encoder: str | None = None
     """Folder of a transformers text encoder, or `package:NAME/FOLDER` inside an installed Python
     package; null = hashed words, learned with the teacher."""
-    cache: str = ".fewstep-cache"
+    cache: str = CACHE
     """Folder for decoded pixels, latents and text states; outside `path`."""
 
 
-Source = Annotated[LabSource | FolderSource, Field(discriminator="kind")]
+class PromptSource(Strict):
+    kind: Literal["prompts"]
+    path: Annotated[str, Field(min_length=1)]
+    """Prompts and edit instructions: a .txt, .jsonl, .csv, .parquet or .tar file, or a folder."""
+    cache: str = CACHE
+    """Folder for encoded prompts and sources; outside `path`."""
+
+
+ImageSource = Annotated[LabSource | FolderSource, Field(discriminator="kind")]
+"""With target images, on which teachers can be trained."""
+Source = Annotated[LabSource | FolderSource | PromptSource, Field(discriminator="kind")]
 
 
 class Pool(Strict):
@@ -131,11 +199,35 @@ class When(Strict):
     category: str | None = None
 
 
+LambdaTable = Annotated[tuple[dict[str, float], ...], Field(min_length=1)]
+"""lambda[k][m]: teacher weights, one row per student step k, or a single row for all steps."""
+
+
+class Adaptive(Strict):
+    """lambda begins at `start` and moves to the rule's `weights` as fast as the measured mismatch
+    of the teachers that gain weight allows; the rule is in docs/stability.md."""
+
+    start: LambdaTable
+    """lambda at the first update: the anchor."""
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    """Largest part of the way per update; 0.01 takes at least 100 updates."""
+    tolerance: Positive = 1.0
+    """Full speed up to this mismatch of the gaining teachers, in mismatches of the losing ones."""
+    limit: Positive = 1.25
+    """No progress at this ratio; above it lambda goes back."""
+    decay: Fraction = 0.8
+    """Of the running average of the mismatch, per measurement; 0 takes the last one alone."""
+    every: Count = 4
+    """A teacher whose lambda is 0 at a step is still measured there every so many updates."""
+
+
 class GuidanceRule(Strict):
     when: When = When()
     """The conditions this rule is for; what is left out matches everything."""
-    weights: Annotated[tuple[dict[str, float], ...], Field(min_length=1)]
-    """lambda[k][m]: teacher weights, one row per student step k, or a single row for all steps."""
+    weights: LambdaTable
+    """lambda; where `adaptive` is given, the table that it moves to."""
+    adaptive: Adaptive | None = None
+    """Move towards `weights` during training; null = `weights` from the first update on."""
 
 
 class Renoise(Strict):
@@ -166,6 +258,73 @@ class Dmd(Strict):
     anchor: Anchor = Anchor()
 
 
+class Gan(Strict):
+    student_weight: Share = 0.005
+    """Weight of -log D in the student's loss (5e-3 in DMD2's SDXL runs)."""
+    fake_weight: Share = 0.01
+    """Weight of the discriminator's loss in the fake score's (1e-2 there)."""
+    renoise: Renoise = Renoise(low=0.0, high=1.0)
+    """Times at which real images and the student's are told apart."""
+
+
+class Dmd2(Strict):
+    kind: Literal["dmd2"]
+    renoise: Renoise = Renoise()
+    """As in dmd."""
+    normaliser: Literal["teacher", "none"] = "teacher"
+    fake_updates: Count = 5
+    gan: Gan = Gan()
+    """A discriminator on features of the fake score; its real images are the data's own targets."""
+
+
+class DecoupledDmd(Strict):
+    kind: Literal["decoupled_dmd"]
+    renoise: Renoise = Renoise()
+    """Times of distribution matching, and of the fake score's training."""
+    augmentation_renoise: Renoise = Renoise()
+    """Times of CFG augmentation, before the bound of `below_step`."""
+    below_step: bool = True
+    """Augmentation never noisier than the student's own time t_k (tau_CA > t in the paper)."""
+    matching_weight: Share = 1.0
+    augmentation_weight: Share = 1.0
+    """Both 1: their sum is the guided DMD gradient, with a time for each; 0 leaves a term out."""
+    normaliser: Literal["teacher", "none"] = "teacher"
+    fake_updates: Count = 5
+
+
+class Tdm(Strict):
+    kind: Literal["tdm"]
+    low: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
+    high: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.98
+    """Step k compares scores at times uniform in the part of [t_{k+1}, t_k] inside [low, high]."""
+    normaliser: Literal["huber", "teacher", "none"] = "huber"
+    """huber: the paper's pseudo-Huber surrogate; the others as in dmd."""
+    fake_updates: Count = 5
+
+
+class Consistency(Strict):
+    kind: Literal["consistency"]
+    substeps: Count = 10
+    """Teacher steps into which each student step is divided; 10 x 4 are the 40 of the teachers."""
+
+
+class TrajectoryRegression(Strict):
+    kind: Literal["trajectory_regression"]
+    substeps: Count = 10
+    """Teacher steps from one student time to the next."""
+    trajectories: Count = 1024
+    """Walks of the teacher to keep and train on; more updates than that go over them again."""
+
+
+Objective = Annotated[
+    Dmd | Dmd2 | DecoupledDmd | Tdm | Consistency | TrajectoryRegression,
+    Field(discriminator="kind"),
+]
+
+WITH_REAL_IMAGES = (Dmd2, Consistency)
+"""Objectives that learn from the data's own images (targets), not from conditions alone."""
+
+
 class Adam(Strict):
     lr: Positive = 1e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -194,12 +353,27 @@ class Budget(Strict):
     """Samples per forward pass on one device; a micro-batch holds one task."""
 
 
+class Probe(Strict):
+    """Images drawn during training and measured beside the base teacher's: `evals.probe`."""
+
+    every: Count = 50
+    """Updates between two probes; the last update is always one."""
+    steps: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    """Probe after exactly these updates instead."""
+    per_category: Count = 2
+    """Cases per category, from the training split."""
+    seeds: Annotated[int, Field(ge=2)] = 4
+    """Noises per case; diversity is the distance between their images."""
+
+
 class Log(Strict):
     every: Count = 1
     sample_every: Count = 50
     save_every: Count = 50
     sample_seeds: Count = 8
     """Number of images in the sample grid."""
+    probe: Probe | None = Probe()
+    """null = off."""
 
 
 class Evaluation(Strict):
@@ -220,7 +394,7 @@ class Recipe(Strict):
     data: Data
     guidance: Annotated[tuple[GuidanceRule, ...], Field(min_length=1)]
     """First matching rule wins; every condition needs one."""
-    objective: Dmd
+    objective: Objective
     optim: Optim = Optim()
     ema: Ema | None = Ema()
     """Averaged student weights, which are the result; null = off."""
@@ -232,5 +406,13 @@ class Recipe(Strict):
     def content_hash(self) -> str:
         """16 hex digits over every field that decides the student: not name, log or evaluation."""
         content = self.model_dump(mode="json", exclude={"name", "log", "evaluation"})
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hash_of(content, content["data"]["source"])
+
+
+def hash_of(content: dict[str, Any], source: dict[str, Any]) -> str:
+    """Of everything but the place of the cache. It counts as the usual one, so that runs which
+    began when it was part of the hash can be resumed."""
+    if "cache" in source:
+        source["cache"] = CACHE
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,5 @@
 """The shape of a teacher recipe: what `fewstep teach` trains, on what, for how long."""
 
-import hashlib
-import json
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -12,12 +10,13 @@ from fewstep.recipe.schema import (
     LAB_CATEGORIES,
     Count,
     Fraction,
+    ImageSource,
     Positive,
     Share,
-    Source,
     Strict,
     Task,
     Word,
+    hash_of,
 )
 
 
@@ -53,7 +52,7 @@ class TeachLog(Strict):
 class TeachRecipe(Strict):
     name: Word
     seed: Annotated[int, Field(ge=0)] = 0
-    source: Source
+    source: ImageSource
     init: str | None = None
     """Weights to start from: `bundled:<name>` or a path; null trains from scratch."""
     network: Network = Network()
@@ -87,8 +86,7 @@ class TeachRecipe(Strict):
     def content_hash(self) -> str:
         """16 hex digits over every field that decides the teacher: not name or log."""
         content = self.model_dump(mode="json", exclude={"name", "log"})
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hash_of(content, content["source"])
 
 
 def check_teach(recipe: TeachRecipe) -> None:

@@ -1,7 +1,8 @@
 """Exponential moving average of weights, in float32."""
 
 import torch
-from torch import nn
+
+from fewstep.models.cast import Trainable
 
 
 class Ema:
@@ -10,20 +11,20 @@ class Ema:
     That warm-up keeps early averages from being ruled by the initial weights.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Trainable, decay: float) -> None:
         self.decay = decay
         self.updates = 0
         self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: Trainable) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, p in module.named_parameters():
             self.average[name].lerp_(p.float(), 1 - decay)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
+    def copy_to(self, module: Trainable) -> None:
         for name, p in module.named_parameters():
             p.copy_(self.average[name])
 

@@ -2,37 +2,42 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
 
 from fewstep.core.types import Batch, Task
 from fewstep.data.mixture import Mixture
-from fewstep.data.pools import Pool, gather
+from fewstep.data.pools import AnyPool
 from fewstep.errors import CheckpointError
-from fewstep.models.cast import Cast
-from fewstep.models.lab import MMDiT
+from fewstep.models.cast import Cast, Role, Trainable
 from fewstep.recipe.plan import Plan
-from fewstep.recipe.schema import Adam, Recipe
+from fewstep.recipe.schema import Adam, Recipe, TrajectoryRegression
+from fewstep.train.adaptive import Schedule
 from fewstep.train.checkpoint import LAST, forget_after, load_last, save_state
 from fewstep.train.ema import Ema
-from fewstep.train.step import Metrics, apply_gradients, update_fake, update_student, warmed
+from fewstep.train.instruments import Metrics
+from fewstep.train.methods import RealBatch, Update, WalkBatch, make_method, teacher_states
+from fewstep.train.step import apply_gradients, warmed
+from fewstep.train.walks import Walk, Walks
 
 
 @dataclass(frozen=True)
 class Due:
-    """When periodic work happens."""
+    """When periodic work happens: now and then and at the end, or at given steps alone."""
 
     every: int
     last: int
+    steps: tuple[int, ...] | None = None
 
     def __call__(self, step: int) -> bool:
+        if self.steps is not None:
+            return step in self.steps
         return step % self.every == 0 or step == self.last
 
 
@@ -47,16 +52,21 @@ class Distillation:
     def __init__(
         self,
         cast: Cast,
-        pools: Mapping[str, Pool],
+        pools: Mapping[str, AnyPool],
         recipe: Recipe,
         plan: Plan,
         shape: tuple[int, ...],
     ) -> None:
         self.cast, self.pools, self.recipe, self.plan, self.shape = cast, pools, recipe, plan, shape
         self.student_optimiser = make_adam(cast.student, recipe.optim.student)
+        self.method = make_method(cast, recipe)
         self.fake_optimiser = make_adam(cast.fake, recipe.optim.fake)
+        head = self.method.head
+        self.head_optimiser = make_adam(head, recipe.optim.fake) if head else None
+        self.walks = make_walks(recipe, plan)
         self.ema = Ema(cast.student, recipe.ema.decay) if recipe.ema else None
         self.mixtures = {"student": self._mixture(0), "fake": self._mixture(1)}
+        self.schedule = Schedule(plan)
         self.control = torch.Generator().manual_seed(recipe.seed)
         self.noise = torch.Generator().manual_seed(recipe.seed + 1)
         self.step = 0
@@ -71,13 +81,35 @@ class Distillation:
 
     def draw(self, role: str) -> tuple[Batch, int]:
         """The next micro-batch for `role` and the step k at which the student answers."""
+        if self.walks:
+            batch = self._next_walk(self.walks, role)
+        else:
+            batch = self._gather(*self._draw(role))
+        return batch, int(torch.randint(len(self.plan.grid), (), generator=self.control))
+
+    def _draw(self, role: str) -> tuple[tuple[str, ...], list[int]]:
         draw = self.mixtures[role].next(self.plan.batch.micro_batch)
-        pools = [self.pools[name] for name in draw.pools]
-        cond, _ = gather(pools, draw.indices.tolist())
-        k = int(torch.randint(len(self.plan.grid), (), generator=self.control))
+        return draw.pools, draw.indices.tolist()
+
+    def _gather(self, names: tuple[str, ...], indices: list[int]) -> Batch:
+        pools = [self.pools[name] for name in names]
+        cond, target = pools[0].gather(pools, indices)
         device = next(self.cast.student.parameters()).device
-        categories = tuple(p.category for p in pools)
-        return Batch(pools[0].task, categories, cond.to(device), self.shape), k
+        parts = pools[0].task, tuple(p.category for p in pools), cond.to(device), self.shape
+        return Batch(*parts) if target is None else RealBatch(*parts, target.to(device))
+
+    def _next_walk(self, walks: Walks, role: str) -> Batch:
+        def make() -> Walk:
+            drawn = self._draw(role)
+            batch = self._gather(*drawn)
+            with mixed_precision(self):
+                states = teacher_states(self.cast, batch, self.plan, self.recipe, self.noise)
+            return Walk(*drawn, states.cpu())
+
+        walk = walks.next(make)
+        b = self._gather(walk.pools, walk.indices)
+        states = walk.states.to(b.cond.device)
+        return WalkBatch(b.task, b.categories, b.cond, b.shape, states)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -89,6 +121,10 @@ class Distillation:
             "fake_optimiser": self.fake_optimiser.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "mixtures": {role: mixture.state_dict() for role, mixture in self.mixtures.items()},
+            "schedule": self.schedule.state_dict(),
+            "head": head.state_dict() if (head := self.method.head) else None,
+            "head_optimiser": self.head_optimiser.state_dict() if self.head_optimiser else None,
+            "walks": self.walks.state_dict() if self.walks else None,
             "control": self.control.get_state(),
             "noise": self.noise.get_state(),
         }
@@ -105,11 +141,24 @@ class Distillation:
             self.ema.load_state_dict(state["ema"])
         for role, mixture in self.mixtures.items():
             mixture.load_state_dict(state["mixtures"][role])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.method.head and self.head_optimiser:
+            self.method.head.load_state_dict(state["head"])
+            self.head_optimiser.load_state_dict(state["head_optimiser"])
+        if self.walks:
+            self.walks.load_state_dict(state["walks"])
         self.control.set_state(state["control"])
         self.noise.set_state(state["noise"])
 
 
-def make_adam(module: nn.Module, settings: Adam) -> torch.optim.AdamW:
+def make_walks(recipe: Recipe, plan: Plan) -> Walks | None:
+    """Where the teacher's trajectories are kept, if the objective has any."""
+    if not isinstance(recipe.objective, TrajectoryRegression):
+        return None
+    return Walks(recipe.objective.trajectories // (plan.batch.micro_batch * plan.batch.devices))
+
+
+def make_adam(module: Trainable, settings: Adam) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         module.parameters(),
         lr=settings.lr,
@@ -120,31 +169,40 @@ def make_adam(module: nn.Module, settings: Adam) -> torch.optim.AdamW:
 
 def train_step(d: Distillation) -> Metrics:
     """One student update with its fake-score updates; returns what happened."""
-    recipe, plan, cast = d.recipe, d.plan, d.cast
+    recipe, cast = d.recipe, d.cast
+    plan = d.schedule.at(d.step)  # lambda as it stands; constant during the update
     rows: list[Metrics] = []
-    parts = plan.batch.accumulation
     fake_lr = warmed(recipe.optim.fake.lr, d.step, recipe.optim.warmup)
-    for _ in range(recipe.objective.fake_updates):
-        for _ in range(parts):
-            batch, k = d.draw("fake")
-            with mixed_precision(d):
-                loss = update_fake(cast, batch, k, plan, recipe, d.noise)
-            (loss / parts).backward()
-            rows.append({"loss/fake": loss.item(), f"loss/fake/{batch.task}": loss.item()})
+    for _ in range(d.method.fake_updates):
+        assert d.method.fake
+        rows += accumulate(d, d.method.fake, "fake", plan)
         norm = apply_gradients(cast.fake, d.fake_optimiser, recipe.optim.fake, fake_lr, "fake")
         rows.append({"grad_norm/fake": norm})
-    for _ in range(parts):
-        batch, k = d.draw("student")
-        with mixed_precision(d):
-            loss, metrics = update_student(cast, batch, k, plan, recipe, d.noise)
-        (loss / parts).backward()
-        rows.append(metrics)
+        if d.method.head and d.head_optimiser:
+            apply_gradients(
+                d.method.head, d.head_optimiser, recipe.optim.fake, fake_lr, "fake.discriminator"
+            )
+    rows += accumulate(d, d.method.student, "student", plan)
     lr = warmed(recipe.optim.student.lr, d.step, recipe.optim.warmup)
     norm = apply_gradients(cast.student, d.student_optimiser, recipe.optim.student, lr, "student")
     if d.ema:
         d.ema.update(cast.student)
     d.step += 1
-    return mean_of(rows) | {"grad_norm/student": norm, "lr/student": lr}
+    metrics = mean_of(rows)  # before `observe`: over all ranks, so that lambda moves alike on each
+    metrics |= d.schedule.observe(d.step, metrics)
+    return metrics | {"grad_norm/student": norm, "lr/student": lr}
+
+
+def accumulate(d: Distillation, update: Update, role: str, plan: Plan) -> list[Metrics]:
+    """Gradients of `update` over the micro-batches of one optimiser step, and what they told."""
+    rows = []
+    for _ in range(plan.batch.accumulation):
+        batch, k = d.draw(role)
+        with mixed_precision(d):
+            loss, metrics = update(d.cast, batch, k, plan, d.recipe, d.noise)
+        (loss / plan.batch.accumulation).backward()
+        rows.append(metrics)
+    return rows
 
 
 def mixed_precision(d: Distillation) -> torch.autocast:
@@ -168,18 +226,25 @@ def distil(
     *,
     on_step: Callable[[int, Metrics], None],
     on_sample: Callable[[int], None],
+    on_probe: Callable[[int], Metrics] = lambda step: {},
 ) -> None:
-    """Run to the end of the budget; metrics.jsonl and complete states go into `out`."""
+    """Run to the end of the budget; metrics.jsonl and complete states go into `out`.
+
+    What `on_probe` returns is logged with the step that it was asked at.
+    """
     log, last = d.recipe.log, d.plan.updates
     log_due, sample_due, save_due = (
         Due(n, last) for n in (log.every, log.sample_every, log.save_every)
     )
+    probe_due = Due(log.probe.every, last, log.probe.steps) if log.probe else lambda step: False
     with (out / "metrics.jsonl").open("a") as file:
         while d.step < last:
             begun = time.perf_counter()
             metrics = train_step(d)
-            if log_due(d.step):
-                metrics["seconds"] = time.perf_counter() - begun
+            metrics["seconds"] = time.perf_counter() - begun
+            probed = on_probe(d.step) if probe_due(d.step) else {}
+            if log_due(d.step) or probed:
+                metrics |= probed
                 file.write(json.dumps({"step": d.step, **metrics}) + "\n")
                 file.flush()
             on_step(d.step, metrics)
@@ -200,9 +265,16 @@ def resume(d: Distillation, out: Path) -> str:
     return notice
 
 
-def result_of(d: Distillation) -> MMDiT:
-    """A copy of the averaged student, or without EMA of the student itself, for sampling."""
-    student = deepcopy(d.cast.student)
+@contextmanager
+def averaged_student(d: Distillation) -> Iterator[Role]:
+    """The student with its averaged weights in place, the result of a run; for a while, because a
+    large network is not there twice. Without EMA it is the student as it stands."""
+    own = {name: p.detach().clone() for name, p in d.cast.student.named_parameters()}
     if d.ema:
-        d.ema.copy_to(student)
-    return student.eval()
+        d.ema.copy_to(d.cast.student)
+    try:
+        yield d.cast.student
+    finally:
+        with torch.no_grad():
+            for name, p in d.cast.student.named_parameters():
+                p.copy_(own[name])

@@ -1,9 +1,11 @@
-"""One update of a distillation: fake score, then student (arXiv 2606.03746 eq. 3-7).
+"""One update of the paper's DMD: fake score, then student (arXiv 2606.03746 eq. 3-7).
 
 The algorithm on one screen:
 
 batch -> rollout(student, k) -> re-noise -> real = sum_m lambda[k][m](c) teacher_m, fake
       -> dmd direction -> student; the fake score follows the student in between
+
+The other objectives are in `train.methods`, in the same words; what all share is below.
 """
 
 from collections.abc import Mapping
@@ -17,21 +19,22 @@ from fewstep.core.process import add_noise, uniform_time
 from fewstep.core.types import Batch, Condition
 from fewstep.errors import RunError
 from fewstep.guidance import classifier_free, real_denoised
-from fewstep.models.cast import Cast
+from fewstep.models.cast import Cast, Trainable
 from fewstep.objectives.anchor import anchor_loss, anchor_velocity
 from fewstep.objectives.dmd import dmd_direction, dmd_loss, fake_velocity_loss, renoise_time
 from fewstep.recipe.plan import Plan
-from fewstep.recipe.schema import Adam, Recipe
+from fewstep.recipe.schema import Adam, DecoupledDmd, Dmd, Recipe, Renoise
 from fewstep.rollout import rollout
 from fewstep.samplers import shifted_grid, step
-
-Metrics = dict[str, float]
+from fewstep.train.instruments import Metrics, describe
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the networks said about the student's samples at x_t, as x_0 in float32."""
+    """What the networks said about the student's samples at (x_t, t), as x_0 in float32."""
 
+    x_t: Tensor
+    t: Tensor
     fake: Tensor
     real: Tensor
     answers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -39,52 +42,102 @@ class Score:
 
 def update_fake(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> Tensor:
+) -> tuple[Tensor, Metrics]:
     """Loss of the fake score network on fresh samples of the student (flow matching, eq. 2)."""
+    assert isinstance(recipe.objective, Dmd | DecoupledDmd)
     with torch.no_grad():
         x = rollout(cast.student, draw_noise(batch, noise), batch.cond, plan.grid, k)
-    t, eps = draw_renoising(batch, recipe, noise)
+    t, eps = draw_renoising(batch, recipe.objective.renoise, noise)
     predicted = cast.fake.predict_v(add_noise(x, eps, t), t, batch.cond)
     loss = fake_velocity_loss(predicted, x, eps)
     check_finite(loss, "fake-score loss")
-    return loss
+    return loss, {"loss/fake": loss.item(), f"loss/fake/{batch.task}": loss.item()}
 
 
 def update_student(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
 ) -> tuple[Tensor, Metrics]:
     """Loss of the student at step k, whose gradient is eq. 7, and what to log about it."""
+    objective = recipe.objective
+    assert isinstance(objective, Dmd)
     start = draw_noise(batch, noise)
     x = rollout(cast.student, start, batch.cond, plan.grid, k)
-    t, eps = draw_renoising(batch, recipe, noise)
+    t, eps = draw_renoising(batch, objective.renoise, noise)
     with torch.no_grad():
         score = compare_scores(cast, batch, k, plan, add_noise(x, eps, t), t)
-        direction = dmd_direction(x, score.fake, score.real, normaliser=recipe.objective.normaliser)
-    check_finite(direction, "score difference")
-    loss = dmd_loss(x, direction)
-    metrics = {f"loss/student/k{k}": loss.item(), f"loss/student/{batch.task}": loss.item()}
-    if k == 0 and recipe.objective.anchor.weight:
+        direction = dmd_direction(x, score.fake, score.real, normaliser=objective.normaliser)
+    loss, metrics = matching_loss(batch, k, plan, x, direction, score)
+    if k == 0 and objective.anchor.weight:
         anchored = first_step_loss(cast, batch, start, x, plan, recipe)
         metrics["loss/anchor"] = anchored.item()
-        loss = loss + recipe.objective.anchor.weight * anchored
+        loss = loss + objective.anchor.weight * anchored
+        check_finite(loss, "student loss")
+    return loss, metrics
+
+
+def matching_loss(
+    batch: Batch, k: int, plan: Plan, x: Tensor, direction: Tensor, score: Score
+) -> tuple[Tensor, Metrics]:
+    """The loss whose gradient at x is `direction` (over numel), checked, and what to log."""
+    check_finite(direction, "score difference")
+    loss = dmd_loss(x, direction)
     check_finite(loss, "student loss")
-    return loss, metrics | describe(batch, k, plan, score)
+    seen = {"fake": score.fake, "real": score.real, "answers": score.answers}
+    told = describe(batch, k, plan, x_t=score.x_t, t=score.t, **seen)
+    return loss, student_metrics(loss, batch, k) | told
 
 
-def compare_scores(cast: Cast, batch: Batch, k: int, plan: Plan, x_t: Tensor, t: Tensor) -> Score:
-    """The fake score, and the real score of step k mixed over the teachers (eq. 5)."""
-    weights = [plan.weights(batch.task, c)[k] for c in batch.categories]
-    scales = {
-        m: s for c in set(batch.categories) for m, s in plan.condition(batch.task, c).cfg.items()
-    }
+def student_metrics(loss: Tensor, batch: Batch, k: int) -> Metrics:
+    return {f"loss/student/k{k}": loss.item(), f"loss/student/{batch.task}": loss.item()}
+
+
+def compare_scores(
+    cast: Cast, batch: Batch, k: int, plan: Plan, x_t: Tensor, t: Tensor, *, guided: bool = True
+) -> Score:
+    """The fake score, and the real score of step k mixed over the teachers (eq. 5).
+
+    `plan` has lambda as it stands at this update (`Distillation.schedule.at`). Not `guided`: the
+    teachers' bare conditional answers, of scale 1.
+    """
+    weights, scales = teacher_mix(batch, k, plan)
+    scales = scales if guided else dict.fromkeys(scales, 1.0)
     real, answers = real_denoised(cast.teachers, weights, scales, x_t, t, batch.cond)
-    return Score(cast.fake(x_t, t, batch.cond).float(), real, answers)
+    for name, answer in unweighted(cast, batch, k, plan, scales, x_t, t).items():
+        answers[name] = torch.where(answer.isnan(), answers.get(name, answer), answer)
+    return Score(x_t, t, cast.fake(x_t, t, batch.cond).float(), real, answers)
+
+
+def teacher_mix(
+    batch: Batch, k: int, plan: Plan
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """lambda of step k for each sample, and each teacher's CFG scale."""
+    conditions = [plan.condition(batch.task, c) for c in batch.categories]
+    scales = {name: scale for condition in conditions for name, scale in condition.cfg.items()}
+    return [condition.weights[k] for condition in conditions], scales
+
+
+def unweighted(
+    cast: Cast,
+    batch: Batch,
+    k: int,
+    plan: Plan,
+    scales: Mapping[str, float],
+    x_t: Tensor,
+    t: Tensor,
+) -> dict[str, Tensor]:
+    """Answers of teachers that an adaptive rule wants to know though their lambda is 0."""
+    rows = []
+    for entry in (plan.condition(batch.task, c) for c in batch.categories):
+        heard = entry.heard[k] if entry.heard else ()
+        rows.append({name: 1.0 for name in heard if name not in entry.weights[k]})
+    return real_denoised(cast.teachers, rows, scales, x_t, t, batch.cond)[1]
 
 
 def first_step_loss(
     cast: Cast, batch: Batch, noise: Tensor, x: Tensor, plan: Plan, recipe: Recipe
 ) -> Tensor:
     """Anchor of the first step: the base teacher walks a few steps from the same noise."""
+    assert isinstance(recipe.objective, Dmd)
     anchor = recipe.objective.anchor
     name = recipe.student.init
     teacher, scale = cast.teachers[name], recipe.teachers[name].cfg[batch.task]
@@ -102,11 +155,12 @@ def first_step_loss(
 
 
 def apply_gradients(
-    module: nn.Module, optimiser: torch.optim.Optimizer, settings: Adam, lr: float, name: str
+    module: Trainable, optimiser: torch.optim.Optimizer, settings: Adam, lr: float, name: str
 ) -> float:
     """Clip, check, step, clear. Returns the gradient norm before clipping.
 
-    A norm that is not finite stops the run before the weights are touched.
+    A norm that is not finite stops the run before the weights are touched. `name` is the network's
+    and begins with the part of `optim` that its settings come from.
     """
     limit = settings.clip if settings.clip is not None else float("inf")
     norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
@@ -116,9 +170,11 @@ def apply_gradients(
             for n, p in module.named_parameters()
             if p.grad is not None and not p.grad.isfinite().all()
         )
+        settings_of = name.partition(".")[0]
         raise RunError(
             f"the gradient of {name}.{broken} is not finite; nothing was updated, the last "
-            f"checkpoint is kept; lower optim.{name}.lr or raise optim.warmup, then use --resume"
+            f"checkpoint is kept; lower optim.{settings_of}.lr or raise optim.warmup, then use "
+            "--resume"
         )
     for group in optimiser.param_groups:
         group["lr"] = lr
@@ -127,42 +183,18 @@ def apply_gradients(
     return norm.item()
 
 
-def describe(batch: Batch, k: int, plan: Plan, score: Score) -> Metrics:
-    """Each teacher's mismatch to the fake score and share of the update; the gap by category."""
-    metrics: Metrics = {}
-    gap = (score.real - score.fake).flatten(1)
-    pulls: dict[str, float] = {}
-    for name, answer in score.answers.items():
-        share = torch.tensor(
-            [plan.weights(batch.task, c)[k].get(name, 0.0) for c in batch.categories]
-        )
-        seen = share > 0
-        own = (answer[seen] - score.fake[seen]).flatten(1).norm(dim=1)
-        scale = score.fake[seen].flatten(1).norm(dim=1).clamp_min(1e-6)
-        metrics[f"mismatch/{name}/k{k}"] = (own / scale).mean().item()
-        pulls[name] = (share[seen].to(own) * own).sum().item()
-    for name, pull in pulls.items():
-        metrics[f"share/{name}"] = pull / max(sum(pulls.values()), 1e-12)
-    for category in sorted(set(batch.categories)):
-        rows = [i for i, c in enumerate(batch.categories) if c == category]
-        metrics[f"gap/{category}"] = gap[rows].square().mean().sqrt().item()
-    return metrics
-
-
 def draw_noise(batch: Batch, generator: torch.Generator) -> Tensor:
     """Starting noise, made on the CPU so that every device draws the same."""
     noise = torch.randn(len(batch), *batch.shape, generator=generator)
-    return noise.to(batch.cond.text.device)
+    return noise.to(batch.cond.device)
 
 
 def draw_renoising(
-    batch: Batch, recipe: Recipe, generator: torch.Generator
+    batch: Batch, times: Renoise, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """t ~ p_t for each sample, and fresh noise (eq. 3)."""
-    device, r = batch.cond.text.device, recipe.objective.renoise
-    t = renoise_time(
-        uniform_time(len(batch), generator, device), low=r.low, high=r.high, shift=r.shift
-    )
+    u = uniform_time(len(batch), generator, batch.cond.device)
+    t = renoise_time(u, low=times.low, high=times.high, shift=times.shift)
     return t, draw_noise(batch, generator)
 
 
@@ -170,7 +202,7 @@ def check_finite(x: Tensor, name: str) -> None:
     if not torch.isfinite(x).all():
         raise RunError(
             f"the {name} is not finite; nothing was updated, the last checkpoint is kept; lower "
-            "the learning rates or raise objective.renoise.low, then use --resume"
+            "the learning rates or raise the objective's smallest time, then use --resume"
         )
 
 

@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.core.process import add_noise, shift_time, velocity
-from fewstep.core.types import Condition, Task
+from fewstep.core.types import Task
 from fewstep.data.mixture import Mixture
 from fewstep.data.pools import Pool, gather
 from fewstep.errors import RunError
-from fewstep.models.lab import MMDiT
+from fewstep.models.lab import LabCondition, MMDiT
 from fewstep.recipe.teach import TeachRecipe
 from fewstep.train.checkpoint import LAST, forget_after, load_last, save_state
 from fewstep.train.ema import Ema
 
-Draw = tuple[Task, Condition, Tensor]
+Draw = tuple[Task, LabCondition, Tensor]
 
 
 class Teaching:
@@ -100,7 +100,7 @@ def draw_batch(teaching: Teaching) -> Draw:
 
 
 def flow_matching_loss(
-    model: MMDiT, x_0: Tensor, cond: Condition, generator: torch.Generator, *, shift: float = 1.0
+    model: MMDiT, x_0: Tensor, cond: LabCondition, generator: torch.Generator, *, shift: float = 1.0
 ) -> Tensor:
     """E || v_theta(x_t, t, c) - (eps - x_0) ||^2 at logit-normal t (arXiv 2403.03206)."""
     eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.types import Condition
+from fewstep.models.lab import LabCondition
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def every(t: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), t, dtype=torch.float64)
 
 
-def no_condition(count: int) -> Condition:
-    return Condition(
+def no_condition(count: int) -> LabCondition:
+    return LabCondition(
         torch.zeros(count, 0, dtype=torch.int64), torch.zeros(count, 0, dtype=torch.bool)
     )
 

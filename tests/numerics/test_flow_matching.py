@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.process import add_noise
-from fewstep.core.types import Condition
-from fewstep.models.lab import MMDiT, MMDiTConfig
+from fewstep.models.lab import LabCondition, MMDiT, MMDiTConfig
 from fewstep.train.teach import flow_matching_loss
 
 
@@ -18,7 +17,7 @@ class Oracle(MMDiT):
         self.x_0, self.error = x_0, error
         self.asked: list[tuple[Tensor, Tensor]] = []
 
-    def predict_v(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def predict_v(self, x_t: Tensor, t: Tensor, cond: LabCondition) -> Tensor:
         self.asked.append((x_t, t))
         return (x_t - self.x_0) / t.view(-1, 1, 1, 1) + self.error
 
@@ -26,7 +25,7 @@ class Oracle(MMDiT):
 def loss_of(model: Oracle, x_0: Tensor, shift: float) -> float:
     generator = torch.Generator().manual_seed(3)
     no_text = torch.zeros(len(x_0), 0, dtype=torch.int64)
-    cond = Condition(no_text, no_text.bool())
+    cond = LabCondition(no_text, no_text.bool())
     return flow_matching_loss(model, x_0, cond, generator, shift=shift).item()
 
 

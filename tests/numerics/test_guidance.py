@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core.process import score_from_x0
-from fewstep.core.types import Condition
 from fewstep.guidance import classifier_free, real_denoised
+from fewstep.models.lab import LabCondition
 
 from .exact import generator
 
@@ -19,26 +19,26 @@ class Linear:
 
     a: float = 1.0
     b: float = 0.0
-    asked: list[tuple[Tensor, Tensor, Condition]] = field(default_factory=list)
+    asked: list[tuple[Tensor, Tensor, LabCondition]] = field(default_factory=list)
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition, /) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: LabCondition, /) -> Tensor:
         self.asked.append((x_t, t, cond))
         return self.answer(x_t, t, cond)
 
-    def answer(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def answer(self, x_t: Tensor, t: Tensor, cond: LabCondition) -> Tensor:
         text = (cond.text * cond.text_mask).sum(1).float()
         source = torch.zeros(len(x_t)) if cond.source is None else cond.source.mean((1, 2, 3))
         return self.a * x_t + (self.b * t + text + source).view(-1, 1, 1, 1)
 
 
-def batch(count: int) -> tuple[Tensor, Tensor, Condition]:
+def batch(count: int) -> tuple[Tensor, Tensor, LabCondition]:
     """States, times and conditions of which no two samples agree."""
     draw = generator(0)
     x_t = torch.randn(count, 2, 3, 3, generator=draw)
     t = torch.linspace(0.1, 0.9, count)
     text = torch.arange(1, 2 * count + 1).view(count, 2)
     source = torch.randn(count, 2, 3, 3, generator=draw)
-    return x_t, t, Condition(text, torch.ones(count, 2, dtype=torch.bool), source)
+    return x_t, t, LabCondition(text, torch.ones(count, 2, dtype=torch.bool), source)
 
 
 def test_guidance_by_hand() -> None:

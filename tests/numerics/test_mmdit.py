@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.process import v_from_x0
-from fewstep.core.types import Condition
 from fewstep.data.pools import Pool, gather, pad_tokens
-from fewstep.models.lab import MMDiT, MMDiTConfig, time_features
+from fewstep.models.lab import LabCondition, MMDiT, MMDiTConfig, time_features
 
 from .exact import generator
 
@@ -26,12 +25,12 @@ def model() -> MMDiT:
     return made.eval().requires_grad_(False)
 
 
-def batch(*, source: bool = False) -> tuple[Tensor, Tensor, Condition]:
+def batch(*, source: bool = False) -> tuple[Tensor, Tensor, LabCondition]:
     draw = generator(0)
     x_t, images = torch.randn(2, 3, 3, 6, 6, generator=draw)
     text, lengths = pad_tokens(CAPTIONS)
     mask = torch.arange(text.shape[1]) < lengths[:, None]
-    return x_t, torch.tensor([0.9, 0.5, 0.1]), Condition(text, mask, images if source else None)
+    return x_t, torch.tensor([0.9, 0.5, 0.1]), LabCondition(text, mask, images if source else None)
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
@@ -71,7 +70,7 @@ def test_padding_of_text_changes_nothing(model: MMDiT, source: bool) -> None:
         one = slice(i, i + 1)
         text = torch.tensor([caption])
         mask = torch.ones_like(text, dtype=torch.bool)
-        alone = model(x_t[one], t[one], Condition(text, mask, cond[one].source))
+        alone = model(x_t[one], t[one], LabCondition(text, mask, cond[one].source))
         close(together[one], alone)
 
 
@@ -79,7 +78,7 @@ def test_content_of_the_padding_is_never_read(model: MMDiT) -> None:
     x_t, t, cond = batch()
     other = torch.where(cond.text_mask, cond.text, torch.full_like(cond.text, 8))
     assert not torch.equal(other, cond.text)
-    found = model(x_t, t, Condition(other, cond.text_mask))
+    found = model(x_t, t, LabCondition(other, cond.text_mask))
     assert torch.equal(found, model(x_t, t, cond))
 
 
@@ -92,13 +91,15 @@ def test_dropped_text_is_text_that_no_one_sees(model: MMDiT) -> None:
     for source in (False, True):
         x_t, t, cond = batch(source=source)
         dropped = model(x_t, t, cond.without_text())
-        masked = model(x_t, t, Condition(cond.text, torch.zeros_like(cond.text_mask), cond.source))
+        masked = model(
+            x_t, t, LabCondition(cond.text, torch.zeros_like(cond.text_mask), cond.source)
+        )
         close(masked, dropped)
         far(dropped, model(x_t, t, cond))
 
         mask = cond.text_mask.clone()
         mask[1] = False
-        mixed = model(x_t, t, Condition(cond.text, mask, cond.source))
+        mixed = model(x_t, t, LabCondition(cond.text, mask, cond.source))
         close(mixed[1], dropped[1])
 
 
@@ -107,16 +108,16 @@ def test_each_word_and_its_place_matter(model: MMDiT) -> None:
     before = model(x_t, t, cond)
     swapped = cond.text.clone()
     swapped[:, [0, 1]] = swapped[:, [1, 0]]
-    far(model(x_t, t, Condition(swapped, cond.text_mask)), before)
+    far(model(x_t, t, LabCondition(swapped, cond.text_mask)), before)
 
 
 def test_source_matters_and_is_not_the_state(model: MMDiT) -> None:
     x_t, t, cond = batch(source=True)
     before = model(x_t, t, cond)
     assert cond.source is not None
-    far(model(x_t, t, Condition(cond.text, cond.text_mask)), before)
-    far(model(x_t, t, Condition(cond.text, cond.text_mask, cond.source.roll(1, 0))), before)
-    far(model(cond.source, t, Condition(cond.text, cond.text_mask, x_t)), before)
+    far(model(x_t, t, LabCondition(cond.text, cond.text_mask)), before)
+    far(model(x_t, t, LabCondition(cond.text, cond.text_mask, cond.source.roll(1, 0))), before)
+    far(model(cond.source, t, LabCondition(cond.text, cond.text_mask, x_t)), before)
 
 
 def test_batched_is_single(model: MMDiT) -> None:
@@ -139,7 +140,7 @@ def test_encoder_states_serve_as_text() -> None:
     states.load_state_dict(shared)
     x_t, t, cond = batch()
     encoded = ids.text_in(cond.text)
-    close(states(x_t, t, Condition(encoded, cond.text_mask)), ids(x_t, t, cond))
+    close(states(x_t, t, LabCondition(encoded, cond.text_mask)), ids(x_t, t, cond))
 
 
 def test_pools_make_the_same_condition_as_by_hand() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.core.process import add_noise, shift_time
 from fewstep.core.types import Condition
-from fewstep.models.lab import MMDiT, MMDiTConfig
+from fewstep.models.lab import LabCondition, MMDiT, MMDiTConfig
 from fewstep.rollout import rollout
 from fewstep.samplers import sample, shifted_grid
 
@@ -152,7 +152,7 @@ def test_rollout_under_autocast_keeps_the_gradient_of_every_weight() -> None:
     student = MMDiT(MMDiTConfig(channels=2, grid=4, width=16, depth=1, heads=2, vocabulary=7))
     for parameter in student.parameters():
         nn.init.normal_(parameter, std=0.3)
-    cond = Condition(torch.randint(0, 7, (2, 3)), torch.ones(2, 3, dtype=torch.bool))
+    cond = LabCondition(torch.randint(0, 7, (2, 3)), torch.ones(2, 3, dtype=torch.bool))
     start = torch.randn(2, 2, 4, 4)
     used = [p for name, p in student.named_parameters() if not name.startswith("source")]
     with torch.autocast("cpu", torch.bfloat16):

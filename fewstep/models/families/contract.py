@@ -90,6 +90,10 @@ class FamilyCondition:
     source_sizes: tuple[Size, ...] = ()
     """Of each source, in tokens."""
 
+    @property
+    def device(self) -> torch.device:
+        return self.text.states.device
+
     def __len__(self) -> int:
         return len(self.text.states)
 
@@ -134,6 +138,12 @@ class Family(Protocol):
 
     @property
     def pipe(self) -> Any: ...
+
+    @property
+    def lora_targets(self) -> str:
+        """A pattern of the full names of the linear layers that a LoRA changes by default: those
+        of attention and MLP in every block, without the modulation."""
+        ...
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -36,12 +36,14 @@ class Flux2Klein:
     """A FLUX.2 Klein pipeline's components behind the contract of `Family`."""
 
     tasks = ("t2i", "edit")
+    lora_targets = r"(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context)\..*"
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)
         if pipe.transformer.config.guidance_embeds:
             raise DataError("the transformer has guidance_embeds=true, which is not FLUX.2 Klein")
         self.pipe = pipe
+        self.dtype: torch.dtype = pipe.transformer.dtype
 
     @torch.no_grad()
     def encode(
@@ -128,8 +130,7 @@ class Flux2Klein:
     def noise(self, batch: int, size: Size, generator: torch.Generator, /) -> Tensor:
         _, _, channels = self.noise_shape(batch, size)
         shape = (batch, channels, size[0] // TOKEN, size[1] // TOKEN)
-        dtype = self.pipe.text_encoder.dtype
-        drawn = draw_noise(shape, generator, like=self.pipe.transformer, dtype=dtype)
+        drawn = draw_noise(shape, generator, like=self.pipe.transformer, dtype=self.dtype)
         return drawn.flatten(2).transpose(1, 2)
 
     def sigmas(self, n: int, size: Size, /, custom: Sequence[float] | None = None) -> Grid:

@@ -43,14 +43,14 @@ def open_family(
     handing those of the first to the second.
     """
     path, components = Path(path), dict(components or {})
-    index = _read_index(path)
+    index = read_index(path)
     kind = index.get("_class_name")
     if kind not in FAMILIES:
         raise DataError(
             f"{WHAT}: {path} holds a {kind or 'pipeline without _class_name'}, which is not "
             f"supported; {did_you_mean(str(kind), FAMILIES)}"
         )
-    _refuse_missing_folders(path, index, components)
+    refuse_missing_folders(path, index, components)
     with loading(path, what=WHAT):
         import diffusers
 
@@ -71,7 +71,7 @@ def adapt(pipe: Any) -> Family:
     return FAMILIES[kind](pipe)
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
     file = path / "model_index.json"
     if not file.is_file():
         found = "does not exist"
@@ -91,7 +91,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def _refuse_missing_folders(
+def refuse_missing_folders(
     path: Path, index: Mapping[str, Any], components: Mapping[str, Any]
 ) -> None:
     """Before a gigabyte is read: every component that the index names is there."""

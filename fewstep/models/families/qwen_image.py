@@ -46,12 +46,15 @@ def text_to_image(pipe: Any) -> "QwenImage":
 
 def edit_plus(pipe: Any) -> "QwenImage":
     """Qwen-Image-Edit-Plus (2509, 2511)."""
-    forward_image_positions(pipe.text_encoder)
+    if pipe.text_encoder is not None:
+        forward_image_positions(pipe.text_encoder)
     return QwenImage(pipe, tasks=("edit",), encode=_encode_edits)
 
 
 class QwenImage:
     """A Qwen-Image pipeline's components behind the contract of `Family`."""
+
+    lora_targets = r"transformer_blocks\.\d+\.(attn|img_mlp|txt_mlp)\..*"
 
     def __init__(self, pipe: Any, *, tasks: tuple[str, ...], encode: Encode) -> None:
         check_scheduler(pipe.scheduler)
@@ -61,6 +64,7 @@ class QwenImage:
                 "use a checkpoint with guidance_embeds=false"
             )
         self.pipe, self.tasks, self._encode = pipe, tasks, encode
+        self.dtype: torch.dtype = pipe.transformer.dtype
 
     @torch.no_grad()
     def encode(
@@ -95,8 +99,9 @@ class QwenImage:
         check_size(size, TOKEN)
         channels = self.pipe.transformer.config.in_channels // 4
         shape = (batch, 1, channels, size[0] // 8, size[1] // 8)
-        dtype = self.pipe.text_encoder.dtype
-        return pack(draw_noise(shape, generator, like=self.pipe.transformer, dtype=dtype)[:, 0])
+        return pack(
+            draw_noise(shape, generator, like=self.pipe.transformer, dtype=self.dtype)[:, 0]
+        )
 
     def sigmas(self, n: int, size: Size, /, custom: Sequence[float] | None = None) -> Grid:
         scheduler = self.pipe.scheduler

@@ -47,10 +47,12 @@ class QwenImage21:
     """
 
     tasks = ("t2i", "edit")
+    lora_targets = r"transformer_blocks\.\d+\.(attn|img_mlp)\..*"
 
     def __init__(self, pipe: Any, *, resolution: int = 1024) -> None:
         check_scheduler(pipe.scheduler)
         self.pipe, self.resolution = pipe, resolution
+        self.dtype: torch.dtype = pipe.transformer.dtype
 
     @torch.no_grad()
     def encode(
@@ -132,8 +134,7 @@ class QwenImage21:
     def noise(self, batch: int, size: Size, generator: torch.Generator, /) -> Tensor:
         _, _, channels = self.noise_shape(batch, size)
         shape = (batch, 1, channels, size[0] // TOKEN, size[1] // TOKEN)
-        dtype = self.pipe.text_encoder.dtype
-        drawn = draw_noise(shape, generator, like=self.pipe.transformer, dtype=dtype)
+        drawn = draw_noise(shape, generator, like=self.pipe.transformer, dtype=self.dtype)
         return drawn[:, 0].flatten(2).transpose(1, 2)
 
     def sigmas(self, n: int, size: Size, /, custom: Sequence[float] | None = None) -> Grid:

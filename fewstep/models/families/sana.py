@@ -39,6 +39,7 @@ class Sana:
     """A SANA pipeline's components behind the contract of `Family`."""
 
     tasks = ("t2i",)
+    lora_targets = r"transformer_blocks\.\d+\.(attn1|attn2)\..*"
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)

@@ -38,10 +38,12 @@ class StableDiffusion3:
     """A Stable Diffusion 3 pipeline's components behind the contract of `Family`."""
 
     tasks = ("t2i",)
+    lora_targets = r"transformer_blocks\.\d+\.(attn2?|ff|ff_context)\..*"
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)
         self.pipe = pipe
+        self.dtype: torch.dtype = pipe.transformer.dtype
 
     @torch.no_grad()
     def encode(
@@ -79,8 +81,8 @@ class StableDiffusion3:
         return latent_shape(batch, self.pipe.transformer.config.in_channels, size, TOKEN // 2)
 
     def noise(self, batch: int, size: Size, generator: torch.Generator, /) -> Tensor:
-        shape, dtype = self.noise_shape(batch, size), self.pipe.text_encoder.dtype
-        return draw_noise(shape, generator, like=self.pipe.transformer, dtype=dtype)
+        shape = self.noise_shape(batch, size)
+        return draw_noise(shape, generator, like=self.pipe.transformer, dtype=self.dtype)
 
     def sigmas(self, n: int, size: Size, /, custom: Sequence[float] | None = None) -> Grid:
         """Without `custom` the scheduler places its own steps, down to its smallest sigma."""

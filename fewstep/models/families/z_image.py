@@ -42,6 +42,7 @@ class ZImage:
     """
 
     tasks = ("t2i",)
+    lora_targets = r"(noise_refiner|context_refiner|layers)\.\d+\.(attention|feed_forward)\..*"
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)

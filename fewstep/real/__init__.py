@@ -1,0 +1,1 @@
+"""A run on real models: their pipelines, prompts as a domain, and the networks as a cast."""
