@@ -5,15 +5,24 @@ from pathlib import Path
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from fewstep.data import promptfiles
 from fewstep.data.pixels import IMAGE_FORMATS, UNREADABLE, crop_and_resize, read_rgb
 from fewstep.errors import DataError, RecipeError
 from fewstep.session import PICTURES, say
 
+POOLS = (".jsonl", ".csv", ".parquet")
+
 
 def read_prompts(path: Path | None) -> list[str]:
-    """One prompt a line; empty lines are left out."""
+    """One prompt a line, empty lines left out; or the prompts of a .jsonl, .csv or .parquet pool.
+
+    Instructions that come with a source image are left out.
+    """
     if path is None:
         return []
+    if path.suffix.lower() in POOLS:
+        records = promptfiles.read_prompts(path)
+        return [record.prompt for record in records if record.task == "t2i"]
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:

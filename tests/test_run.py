@@ -611,6 +611,14 @@ def test_prompt_files(world: World, tmp_path: Path, fewstep: Fewstep) -> None:
     file.write_bytes("\ufeffa person\n\nface , happy\n".encode())
     told = fewstep("sample", world.run, "--prompt-file", file, "--seeds", "0-2", "--out", out)
     assert told.code == 0 and "6 images by student-4nfe" in told.out
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text('{"prompt": "a person", "category": "portrait"}\n{"prompt": "face , happy"}\n')
+    told = fewstep("sample", world.run, "--prompt-file", pool, "--seeds", "0-2", "--out", out)
+    assert told.code == 0 and "6 images by student-4nfe" in told.out
+    pool.write_text('{"promt": "a person"}\n')
+    told = fewstep("sample", world.run, "--prompt-file", pool, "--out", out)
+    assert told.code == 3 and "pool.jsonl line 1" in told.err
+    assert "did you mean 'prompt'" in told.err
 
 
 @pytest.mark.parametrize(
