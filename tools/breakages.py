@@ -54,6 +54,20 @@ BREAKAGES = [
         "test_process.py::test_path_runs_from_data_to_noise",
     ),
     Breakage(
+        "teacher-times-unshifted",
+        "train/teach.py",
+        "generator=generator)), shift).to(x_0.device)",
+        "generator=generator)), 1.0).to(x_0.device)",
+        "test_flow_matching.py::test_times_are_logit_normal_and_shifted",
+    ),
+    Breakage(
+        "teacher-time-not-told",
+        "train/teach.py",
+        "model.predict_v(add_noise(x_0, eps, t), t, cond)",
+        "model.predict_v(add_noise(x_0, eps, t), 0.5 * t, cond)",
+        "test_flow_matching.py::test_noise_is_standard_and_mixed_at_the_time_the_model_is_told",
+    ),
+    Breakage(
         "velocity-sign",
         "core/process.py",
         "return eps - x_0",
