@@ -27,9 +27,8 @@ class Ensemble(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    @property
-    def domain(self) -> Domain:
-        """The world that they are made for, opened when it is first asked for."""
+    def open_domain(self) -> Domain:
+        """The world that they are made for; the same one every time."""
         ...
 
     def cast(self, teachers: Sequence[str]) -> Cast:
@@ -57,22 +56,21 @@ class LabEnsemble:
     """Networks made by `fewstep teach`, each with weights of its own."""
 
     def __init__(self, recipe: Recipe, open_domain: Callable[[], TeachableDomain]) -> None:
-        self.recipe, self._open_domain = recipe, open_domain
+        self.recipe, self._open = recipe, open_domain
         self._domain: TeachableDomain | None = None
         self.device = compute_device()
         self._teachers: dict[str, MMDiT] = {}
 
-    @property
-    def domain(self) -> TeachableDomain:
+    def open_domain(self) -> TeachableDomain:
         if self._domain is None:
-            self._domain = self._open_domain()
+            self._domain = self._open()
         return self._domain
 
     def teacher(self, name: str) -> MMDiT:
         if name not in self._teachers:
             weights = weights_path(self.recipe.teachers[name].weights)
             field = f"teachers.{name}.weights"
-            self._teachers[name] = load_fitting(weights, self.domain, field=field)
+            self._teachers[name] = load_fitting(weights, self.open_domain(), field=field)
         return self._teachers[name]
 
     def cast(self, teachers: Sequence[str]) -> Cast:
@@ -86,7 +84,7 @@ class LabEnsemble:
         return stamp_of(weights_path(self.recipe.teachers[name].weights))
 
     def student(self, weights: Path) -> MMDiT:
-        return load_fitting(weights, self.domain, field="student")
+        return load_fitting(weights, self.open_domain(), field="student")
 
     def save(self, student: Role, path: Path, about: dict[str, object]) -> None:
         assert isinstance(student, MMDiT)

@@ -90,7 +90,7 @@ def distill(
     torch.manual_seed(recipe.seed)
 
     with clock("prepare data and teachers"):
-        domain = ensemble.domain
+        domain = ensemble.open_domain()
         pools = make_pools(recipe, domain, clock)
         cast = ensemble.cast(needed(recipe, plan))
         state = loop.Distillation(cast, pools, recipe, plan, domain.sample_shape)
@@ -276,7 +276,7 @@ def evaluate(run_dir: Path, ensemble: Ensemble | None = None) -> None:
     make_plan(recipe, local_machine())  # for its refusals: `evaluation` may have been edited
     clock = Clock(run_dir)
     ensemble = ensemble or open_ensemble(recipe)
-    domain, spec = ensemble.domain, recipe.evaluation
+    domain, spec = ensemble.open_domain(), recipe.evaluation
     cases = [
         replace(case, seed=case.seed + SEED_STRIDE * again)
         for task, category in recipe.data.conditions()
@@ -374,7 +374,7 @@ def sample(
     recipe, plan = read_run(run_or_weights if run_or_weights.is_dir() else run_or_weights.parent)
     texts = [instruction] if instruction is not None else prompts + read_prompts(prompt_file)
     ensemble = open_ensemble(recipe)
-    domain = ensemble.domain
+    domain = ensemble.open_domain()
     pixels = open_source(source, domain.image_size) if source else None
     player = choose_player(run_or_weights, recipe, plan, ensemble, model=model, steps=steps)
     task: Task = "t2i" if pixels is None else "edit"

@@ -41,8 +41,7 @@ class RealEnsemble:
         self._teachers: dict[str, FamilyRole] = {}
         self._identities: dict[Path, str] = {}
 
-    @property
-    def domain(self) -> RealDomain:
+    def open_domain(self) -> RealDomain:
         if self._domain is None:
             self._domain = RealDomain(self.recipe, self.pipelines)
         return self._domain

@@ -17,6 +17,7 @@ from fewstep.models.families.contract import Family
 from fewstep.models.families.released import RELEASED, Released
 from fewstep.models.families.size import (
     META,
+    TEXT_TOKENS,
     Pass,
     at_full_depth,
     build,
@@ -30,11 +31,9 @@ from fewstep.models.roles import FamilyRole, LoraSpec, SharedNetwork, lora_roles
 from fewstep.recipe.facts import Facts, Machine, Passes, gather_facts
 from fewstep.recipe.families import BASE, EDIT, PIPELINES, PipelineFacts
 from fewstep.recipe.plan import Plan, make_plan
-from fewstep.recipe.schema import LoraCast, Recipe
+from fewstep.recipe.schema import TASKS, LoraCast, Recipe
 
-ASSUMED = Machine(
-    name="80 GB GPU, assumed to sustain 400 TFLOP/s", flops=400e12, memory=80 * 10**9
-)
+ASSUMED = Machine(name="80 GB GPU, assumed to sustain 400 TFLOP/s", flops=400e12, memory=80 * 10**9)
 """An H100 multiplies bf16 matrices at up to 989 TFLOP/s (NVIDIA's data sheet, dense)."""
 
 
@@ -46,8 +45,8 @@ def plan_real(recipe: Recipe, *, devices: int = 1, on_paper: bool = False) -> Pl
         facts = assume_missing(recipe, facts)
     machine = replace(gpu_at_hand() or ASSUMED, devices=devices)
     made = make_plan(recipe, machine, facts)  # for its refusals, before anything is built
-    used = {quota.task for quota in made.tasks}
-    made = make_plan(recipe, machine, measure(recipe, facts, tuple(sorted(used, reverse=True))))
+    used = tuple(task for task in TASKS if task in {quota.task for quota in made.tasks})
+    made = make_plan(recipe, machine, measure(recipe, facts, used))
     if made.memory.total <= machine.memory:
         return made
     need, have = (f"{n / 1e9:.0f} GB" for n in (made.memory.total, machine.memory))
@@ -110,22 +109,28 @@ def _facts_of(known: Released) -> PipelineFacts:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measure(recipe: Recipe, facts: Facts, tasks: tuple[Task, ...]) -> Facts:
+def measure(
+    recipe: Recipe, facts: Facts, tasks: tuple[Task, ...], *, text_tokens: int = TEXT_TOKENS
+) -> Facts:
     """`facts` with the sizes of the networks that they speak of."""
     model = recipe.model
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     start = recipe.teachers[recipe.student.init].weights
     path = Path((model.path if start == BASE else model.edit_path) or "").expanduser()
     kind = facts.pipelines[start].kind
-    network = build(*_config_of(path, "transformer"), dtype)
-    vae = build(*_config_of(path, "vae"), dtype)
+    network = build(*config_of(path, "transformer"), dtype)
+    vae = build(*config_of(path, "vae"), dtype)
     params = sum(p.numel() for p in network.parameters())
     autoencoder = sum(p.numel() for p in vae.parameters())
     family = hollow_family(kind, network, vae, source_resolution=model.source_resolution)
     student, teacher = hollow_roles(recipe, family)
     trained = sum(p.numel() for p in student.parameters())
     loras = sum(1 for t in recipe.teachers.values() if t.lora)
-    passes = {task: measure_task(recipe, family, student, teacher, task, dtype) for task in tasks}
+    passes = {}
+    for task in tasks:
+        reads = _pipeline_of(task, facts)
+        own = hollow_family(reads, network, vae, source_resolution=model.source_resolution)
+        passes[task] = measure_task(recipe, own, student, teacher, task, dtype, text_tokens)
     networks = {BASE} | {t.weights for t in recipe.teachers.values()}
     size = replace(
         facts.model,
@@ -139,7 +144,16 @@ def measure(recipe: Recipe, facts: Facts, tasks: tuple[Task, ...]) -> Facts:
     return replace(facts, model=size)
 
 
-def _config_of(folder: Path, part: str) -> tuple[str, Mapping[str, Any]]:
+def _pipeline_of(task: Task, facts: Facts) -> str:
+    """Whose encoders read the prompts of a task: as `Pipelines.places` has it."""
+    for name in (EDIT, BASE):
+        kind = facts.pipelines[name].kind if name in facts.pipelines else ""
+        if any(task in kinds.get(kind, ()) for kinds in PIPELINES.values()):
+            return kind
+    raise AssertionError("refused by the plan")
+
+
+def config_of(folder: Path, part: str) -> tuple[str, Mapping[str, Any]]:
     """The class and the configuration of a pipeline's transformer or autoencoder."""
     file = folder / part / "config.json"
     if file.is_file():
@@ -178,10 +192,13 @@ def measure_task(
     teacher: FamilyRole,
     task: Task,
     dtype: torch.dtype,
+    text_tokens: int,
 ) -> Passes:
     model, batch = recipe.model, recipe.budget.micro_batch
     source = model.source_resolution or 1024
-    given = example(family, batch, model.size, dtype, task=task, source=source)
+    given = example(
+        family, batch, model.size, dtype, task=task, text_tokens=text_tokens, source=source
+    )
     network = family.pipe.transformer
 
     def run(role: FamilyRole, *, training: bool = False) -> Pass:

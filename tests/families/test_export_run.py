@@ -81,8 +81,8 @@ def own_latents(out: Path, *, trained: bool = True) -> list[Tensor]:
     if not trained:
         base = ensemble.teacher("base")
         draw = sampler(base, NO_GUIDANCE, plan.grid, recipe.precision, ensemble.device)
-    noise = ensemble.domain.noise(0)[None]
+    noise = ensemble.open_domain().noise(0)[None]
     pixels = np.asarray(Image.open("source.png").convert("RGB"))
-    drawn = ensemble.domain.condition(["a red lighthouse"], None)
-    edited = ensemble.domain.condition(["make it winter"], [pixels])
+    drawn = ensemble.open_domain().condition(["a red lighthouse"], None)
+    edited = ensemble.open_domain().condition(["make it winter"], [pixels])
     return [draw(noise, drawn, "t2i"), draw(noise, edited, "edit")]
