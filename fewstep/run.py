@@ -78,7 +78,7 @@ def distill(
 ) -> None:
     """Recipe -> student, evaluation and report in `out`."""
     recipe = load_recipe(recipe_path, overrides)
-    plan = make_plan(recipe, local_machine())
+    plan = plan_of(recipe)
     console.print(render_plan(plan))
     if dry_run:
         return
@@ -132,6 +132,15 @@ def distill(
     samples = plan.updates * plan.batch.batch
     clock.note(updates=plan.updates, recipe_hash=plan.recipe_hash, samples=samples)
     evaluate(out, ensemble)
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """With measured sizes where networks are too large to find out by trying."""
+    if not recipe.model.is_real:
+        return make_plan(recipe, local_machine())
+    from fewstep.real.size import plan_real
+
+    return plan_real(recipe)
 
 
 SHOWN = ("loss/fake", "grad_norm/student", "grad_norm/fake")

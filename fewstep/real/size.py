@@ -28,10 +28,10 @@ from fewstep.models.families.size import (
     training_pass,
 )
 from fewstep.models.roles import FamilyRole, LoraSpec, SharedNetwork, lora_roles
-from fewstep.recipe.facts import Facts, Machine, Passes, gather_facts
+from fewstep.recipe.facts import Facts, Machine, Passes, gather_facts, local_machine
 from fewstep.recipe.families import BASE, EDIT, PIPELINES, PipelineFacts
 from fewstep.recipe.plan import Plan, make_plan
-from fewstep.recipe.schema import TASKS, LoraCast, Recipe
+from fewstep.recipe.schema import LoraCast, Recipe
 
 ASSUMED = Machine(name="80 GB GPU, assumed to sustain 400 TFLOP/s", flops=400e12, memory=80 * 10**9)
 """An H100 multiplies bf16 matrices at up to 989 TFLOP/s (NVIDIA's data sheet, dense)."""
@@ -43,9 +43,9 @@ def plan_real(recipe: Recipe, *, devices: int = 1, on_paper: bool = False) -> Pl
     facts = gather_facts(recipe)
     if on_paper:
         facts = assume_missing(recipe, facts)
-    machine = replace(gpu_at_hand() or ASSUMED, devices=devices)
+    machine = replace(gpu_at_hand() or (ASSUMED if on_paper else local_machine()), devices=devices)
     made = make_plan(recipe, machine, facts)  # for its refusals, before anything is built
-    used = tuple(task for task in TASKS if task in {quota.task for quota in made.tasks})
+    used: tuple[Task, ...] = tuple(quota.task for quota in made.tasks)
     made = make_plan(recipe, machine, measure(recipe, facts, used))
     if made.memory.total <= machine.memory:
         return made

@@ -82,9 +82,7 @@ def estimate_cost(
     """`nfe_real`, of one real score, and `samples` (over the budget) are per task."""
     total = sum(samples.values())
     parts = {
-        task: _parts(
-            recipe, task, steps, nfe_real[task], samples=total, back=backward(model, task)
-        )
+        task: _parts(recipe, task, steps, nfe_real[task], samples=total, back=backward(model, task))
         for task in samples
     }
     mean = {

@@ -48,6 +48,8 @@ _QWEN = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage")
 RELEASED: dict[str, Released] = {
     # Qwen/Qwen-Image transformer/config.json: 60 layers of 24 x 128, text of 3584.
     "Qwen-Image": Released("QwenImagePipeline", *_QWEN),
+    # A folder that recipes/qwen_image_edit tells how to make: Edit's network, Qwen-Image's prompts.
+    "Qwen-Image-Edit-as-T2I": Released("QwenImagePipeline", *_QWEN, {"zero_cond_t": True}),
     # Of 2511; 2509 has no zero_cond_t, which changes neither weights nor sizes.
     "Qwen-Image-Edit-2511": Released("QwenImageEditPlusPipeline", *_QWEN, {"zero_cond_t": True}),
     "Qwen-Image-Edit-2509": Released("QwenImageEditPlusPipeline", *_QWEN),

@@ -8,6 +8,7 @@ keeps account of every tensor that is alive. What kernels need inside is not see
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -42,9 +43,7 @@ class Ledger(TorchDispatchMode):
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         if self.device == META and {t.device.type for t in given if t.ndim} == {"meta", "cpu"}:
@@ -169,10 +168,9 @@ def at_full_depth(network: Any, measure: Callable[[], Pass]) -> Pass:
     A stack of equal blocks is run with 2 and with 3 of them, because each further one adds the
     same; a network of unequal blocks is run as it is. The first run fills caches of positions.
     """
-    blocks = getattr(network, "transformer_blocks", None)
-    single = getattr(network, "single_transformer_blocks", None)
-    unequal = blocks is None or len({_shape_of(block) for block in blocks}) > 1
-    if unequal or single is not None or len(blocks) < 4:
+    blocks: Any = getattr(network, "transformer_blocks", ())
+    others = hasattr(network, "single_transformer_blocks")
+    if others or len(blocks) < 4 or len({_shape_of(block) for block in blocks}) > 1:
         measure()
         return measure()
     found = []
@@ -195,8 +193,7 @@ def hollow_family(
     kind: str, network: Any, vae: Any, *, source_resolution: int | None = None
 ) -> Family:
     """The adapter of a pipeline of class `kind` that has a network, an autoencoder and no more."""
-    import diffusers
-
+    diffusers: Any = import_module("diffusers")
     own: Any = getattr(diffusers, kind)
     pipe: Any = type(kind, (), {"__call__": own.__call__})()
     pipe.transformer, pipe.vae, pipe.text_encoder = network, vae, None
