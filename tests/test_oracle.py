@@ -52,6 +52,7 @@ def test_each_attribute_is_misread_on_at_most_one_percent_of_held_out_renders(
     assert not {name: share for name, share in errors.items() if share > 0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_pictures_rank_original_round_trip_mild_strong(oracle: Oracle, category: str) -> None:
     s = rank_t2i(oracle, category, COUNT, SEED)
@@ -77,6 +78,7 @@ def test_pictures_rank_original_round_trip_mild_strong(oracle: Oracle, category:
         assert s[control].hits >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", EDIT_CATEGORIES)
 def test_edits_rank_target_above_untouched_source_and_other_pictures(
     oracle: Oracle, category: str

@@ -428,6 +428,7 @@ def test_seeds_per_case_draws_the_same_case_again_from_other_noise(
         assert one != other
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_an_evaluation_keeps_what_is_scored(finished: Path, fewstep: Fewstep) -> None:
     recipe, rows = finished / "recipe.yaml", finished / "eval" / "rows.jsonl"
     rows.unlink()

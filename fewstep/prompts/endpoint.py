@@ -59,6 +59,7 @@ class _Passing(Exception):
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any):
+        fp.close()
         parts = urllib.parse.urlsplit(newurl)
         raise RecipeError(
             f"{req.host} sends us on to {parts.scheme}://{parts.netloc}{parts.path}",

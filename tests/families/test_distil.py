@@ -304,6 +304,7 @@ def test_every_family_distils(
     assert all((".lora_" in key) == is_lora for key in tensors)
 
 
+@pytest.mark.slow
 def test_teachers_share_networks_and_read_their_own_words(place: Path, folder: Any) -> None:
     recipe, _ = planned(recipe_of(place, folder, "qwen_image_21"), place)
     ensemble = run.open_ensemble(recipe)

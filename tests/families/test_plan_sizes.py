@@ -198,6 +198,7 @@ def stacks(network: Any) -> list[Any]:
     return [m for m in network.children() if isinstance(m, torch.nn.ModuleList) and len(m[0:])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_kept_and_peak_are_what_the_allocator_gave(
@@ -229,6 +230,7 @@ def test_checkpointing_keeps_less_and_computes_more(hollow: Any) -> None:
     assert thin.flop == pytest.approx(plain.flop + plain.forward_flop, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_blocks_need_not_all_be_run(checkpointing: bool) -> None:
     config = {**fixtures.pipeline("qwen_image").transformer.config, "num_layers": 7}
@@ -335,6 +337,7 @@ def test_trained_bytes_are_exact(tiny_recipe: Path) -> None:
     assert plan.memory.teachers == 2 * plan.size.params
 
 
+@pytest.mark.slow
 def test_a_whole_update_stays_within_the_plan(tiny_recipe: Path) -> None:
     """The allocator during fake and student updates, against activations and gradients."""
     from fewstep.real.ensemble import RealEnsemble
@@ -415,6 +418,7 @@ def test_cost_and_memory_follow_from_the_passes(tiny_recipe: Path) -> None:
         assert plan.memory.margin == 2**30 + round(max(moments) / 10)
 
 
+@pytest.mark.slow
 def test_an_absent_model_is_planned_on_paper_only_if_it_is_known(tiny_recipe: Path) -> None:
     there = load_recipe(tiny_recipe, tiny_overrides(tiny_recipe))
     assert plan_real(there).notes == ()
