@@ -47,7 +47,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         if self.device == META and {t.device.type for t in given if t.ndim} == {"meta", "cpu"}:
-            args, kwargs = tree_map(_followed, (args, kwargs))
+            follow = _selected if func.overloadpacket in INDEXING else _followed
+            args, kwargs = tree_map(follow, (args, kwargs))
         for value in given:  # whatever was not made under this ledger's eyes was there before
             self._enter(value, size=0)
         out = func(*args, **kwargs)
@@ -79,6 +80,16 @@ def _followed(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.ndim:
         return value
     return value.to(META)
+
+
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+def _selected(value: Any) -> Any:
+    """As `_followed`, with a mask as the places it selects: the meta device cannot count them."""
+    if isinstance(value, Tensor) and value.dtype == torch.bool and value.device.type == "cpu":
+        value = value.nonzero().squeeze(1) if value.ndim == 1 else value
+    return _followed(value)
 
 
 class _Fused(torch.autograd.Function):
