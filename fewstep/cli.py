@@ -1,4 +1,4 @@
-"""The command line: reads arguments, calls `run`, and turns mistakes into one clear message.
+"""The command line: reads arguments, calls `commands`, and turns mistakes into one clear message.
 
 Nothing heavy is imported here at module level, so that `fewstep --help` answers at once.
 """
@@ -39,6 +39,8 @@ app = typer.Typer(
 lab = typer.Typer(help="The bundled lab.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
 app.add_typer(prompts, name="prompts")
+judge = typer.Typer(help="Judges of real images.", no_args_is_help=True)
+app.add_typer(judge, name="judge")
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, see recipes/.")]
 Overrides = Annotated[
@@ -86,10 +88,10 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
     """Train a few-step student from the recipe's teachers."""
-    from fewstep import run
+    from fewstep.commands.distill import distill as run_distill
 
     with keeping_state(out):
-        run.distill(
+        run_distill(
             recipe, out=out, overrides=parse_overrides(overrides), resume=resume, dry_run=dry_run
         )
 
@@ -146,10 +148,10 @@ def teach(
     resume: Resume = False,
 ) -> None:
     """Train a multi-step teacher."""
-    from fewstep import run
+    from fewstep.commands.teach import teach as run_teach
 
     with keeping_state(out):
-        run.teach(config, out=out, overrides=parse_overrides(overrides), resume=resume)
+        run_teach(config, out=out, overrides=parse_overrides(overrides), resume=resume)
 
 
 @app.command()
@@ -167,10 +169,10 @@ def cache(
     ] = False,
 ) -> None:
     """Encode the prompts and source images of a recipe for real models."""
-    from fewstep import run
+    from fewstep.commands.cache import cache as run_cache
 
     changes = parse_overrides(overrides)
-    run.cache(recipe, overrides=changes, verify=verify, prune=prune, dry_run=dry_run)
+    run_cache(recipe, overrides=changes, verify=verify, prune=prune, dry_run=dry_run)
 
 
 @app.command()
@@ -191,9 +193,9 @@ def sample(
 ) -> None:
     """Draw a grid of images from a student or a teacher."""
     check_sample_request(prompts, prompt_file, source, instruction)
-    from fewstep import run
+    from fewstep.commands.sample import sample as run_sample
 
-    run.sample(
+    run_sample(
         weights,
         prompts=prompts or [],
         prompt_file=prompt_file,
@@ -209,26 +211,31 @@ def sample(
 @app.command("eval")
 def evaluate(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Score student and teachers on the evaluation split."""
-    from fewstep import run
+    from fewstep.commands.evaluate import evaluate as run_evaluate
 
     with keeping_rows(run_dir):
-        run.evaluate(run_dir)
+        run_evaluate(run_dir)
 
 
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run or study folder.")],
+    by: Annotated[
+        str | None, typer.Option("--judge", help="Of a run's judges; that of the last row.")
+    ] = None,
 ) -> None:
     """Write report.html, results.md and results.csv from an evaluated run or a study."""
     if (run_dir / "study.json").is_file():
+        if by is not None:
+            raise RecipeError("is for the report of a run", field="--judge", hint="leave it out")
         from fewstep.study_report.write import write_study_report
 
         written = write_study_report(run_dir)
         typer.echo(f"verdicts: {written.verdicts}\nreport: {written.html}")
         return
-    from fewstep import run
+    from fewstep.commands.report import report as run_report
 
-    run.report(run_dir)
+    run_report(run_dir, judge=by)
 
 
 @app.command()
@@ -262,31 +269,67 @@ def export(
     ] = None,
 ) -> None:
     """Write the student for stock tools: diffusers or ComfyUI, with a model card."""
-    from fewstep import run
+    from fewstep.commands.export import export as run_export
 
-    run.export(run_dir, to=to, out=out, dtype=dtype, base=base)
+    run_export(run_dir, to=to, out=out, dtype=dtype, base=base)
 
 
 @lab.command()
 def score(
     weights: Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A lab teacher's weights.")],
     per_category: Annotated[int, typer.Option(min=2, help="Cases per category.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the cases.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the cases.")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 40,
     train: Annotated[bool, typer.Option("--train", help="Use the training split.")] = False,
 ) -> None:
     """Judge a lab teacher, category by category."""
-    from fewstep import run
+    from fewstep.commands.lab import lab_score
 
-    run.lab_score(weights, per_category=per_category, seed=seed, steps=steps, train=train)
+    lab_score(weights, per_category=per_category, seed=seed, steps=steps, train=train)
 
 
 @lab.command()
 def words() -> None:
     """Print the words that prompts of the lab may use."""
-    from fewstep import run
+    from fewstep.commands.lab import lab_words
 
-    run.lab_words()
+    lab_words()
+
+
+@judge.command("run")
+def judge_again(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    overrides: Overrides = None,
+) -> None:
+    """Judge what a run has drawn by evaluation.judge; nothing is drawn or loaded."""
+    from fewstep.commands.judge import judge_again as run_judge
+
+    with keeping_rows(run_dir, "judge run"):
+        run_judge(run_dir, overrides=parse_overrides(overrides))
+
+
+@judge.command("check")
+def judge_check(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A recipe of lab or folder, or a run folder.")
+    ],
+    overrides: Overrides = None,
+    per_category: Annotated[int, typer.Option(min=2, help="Originals per category.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="Of originals and controls.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON with every number.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the requests, stop.")] = False,
+) -> None:
+    """Measure a judge: how often it puts a picture above its spoilt copy."""
+    from fewstep.commands.judge_check import check_judge
+
+    check_judge(
+        source,
+        overrides=parse_overrides(overrides),
+        per_category=per_category,
+        seed=seed,
+        out=out,
+        dry_run=dry_run,
+    )
 
 
 def main() -> None:
@@ -347,13 +390,13 @@ def keeping_state(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_rows(run_dir: Path) -> Iterator[None]:
+def keeping_rows(run_dir: Path, command: str = "eval") -> Iterator[None]:
     """Ctrl-C during an evaluation says that what is scored stays scored."""
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped by you; what is scored is kept, `fewstep eval {run_dir}` goes on"
+            f"stopped by you; what is scored is kept, `fewstep {command} {run_dir}` goes on"
         ) from None
 
 

@@ -1,6 +1,6 @@
 """The models of a run, each with its way of playing: the student on its grid, teachers with CFG.
 
-What is done with them, samples or an evaluation, is the business of `run` and `evals`.
+What is done with them, samples or an evaluation, is the business of `commands` and `evals`.
 """
 
 from collections.abc import Mapping

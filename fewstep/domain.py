@@ -39,6 +39,20 @@ class Verdict:
     subscores: dict[str, float]
     reasons: tuple[str, ...]
     unscored: str = ""
+    judgements: tuple[float, ...] = ()
+    """The single scores, where a judge was asked several times and `score` is their mean."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a judge without the truth is shown of one image: all of it, and not who made it."""
+
+    task: Task
+    category: str
+    prompt: str
+    image: np.ndarray
+    """uint8 [h, w, 3], as is `source`."""
+    source: np.ndarray | None = None
 
 
 @runtime_checkable

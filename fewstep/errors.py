@@ -65,11 +65,17 @@ class Interrupted(FewstepError):
     exit_code = 130
 
 
+_LISTED = 12
+"""More names than this bury the one that was meant."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint: the nearest known name first, then all of them."""
+    """A hint: the nearest known name first, then all of them unless they are many."""
     names = list(known)
     if not names:
         return "there are none to choose from"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if near and len(names) > _LISTED:
+        return f"did you mean {near[0]!r}?"
     listed = ", ".join(names)
     return f"did you mean {near[0]!r}? known: {listed}" if near else f"known: {listed}"

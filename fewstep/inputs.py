@@ -53,6 +53,12 @@ def open_source(path: Path, size: int | None) -> np.ndarray:
         say(f"source image {path}: {converted}")
     if size is None:
         return np.asarray(image)
+    if image.width != image.height:
+        side = min(image.size)
+        say(
+            f"source image {path}: {image.width} x {image.height} pixels, of which the centred "
+            f"{side} x {side} are taken"
+        )
     if min(image.size) < size:
         say(
             f"source image {path}: {image.width} x {image.height} pixels, enlarged to {size} x "
@@ -62,10 +68,18 @@ def open_source(path: Path, size: int | None) -> np.ndarray:
 
 
 def check_picture(out: Path) -> None:
-    """Refuse a file name that no picture can be written to, before anything is drawn."""
+    """Make the picture's folder; refuse, before anything is drawn, what cannot be written."""
     if out.suffix.lower() not in PICTURES:
         raise RecipeError(
             f"{out} is no picture", field="--out", hint=f"end it in one of {', '.join(PICTURES)}"
         )
     if out.is_dir():
         raise RecipeError(f"{out} is a folder", field="--out", hint="give the name of a picture")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"no folder {out.parent} can be made ({error.strerror})",
+            field="--out",
+            hint="choose another place",
+        ) from None

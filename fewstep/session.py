@@ -1,6 +1,6 @@
 """A run's folder and its voice in the terminal: whose folder it is, time spent, progress, files.
 
-What the commands do is in `run.py`.
+What the commands do is in `commands`.
 """
 
 import hashlib
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from fewstep.errors import CheckpointError, RunError
+from fewstep.sweep.progress import duration
 from fewstep.train.checkpoint import LAST, has_state
 
 console = Console()
@@ -58,7 +60,12 @@ def claim(out: Path, identity: Mapping[str, str], *, resume: bool) -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             (out / "metrics.jsonl").unlink(missing_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        except (
+            FileExistsError,
+            FileNotFoundError,
+            NotADirectoryError,
+            PermissionError,
+        ) as error:
             raise RunError(
                 f"{out}: no run can be kept there ({error.strerror}); choose another --out"
             ) from None
@@ -149,32 +156,37 @@ def device_name() -> str:
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar with rate and time left; where there is no terminal, a line now and then."""
+    """A bar with count, rate and time left; where there is no terminal, a line now and then.
+
+    The note takes the width that the others leave, and is cut to it.
+    """
     begun, first = time.monotonic(), done
     last = [begun]
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[pace]}"),
+        TextColumn(
+            "{task.fields[note]}",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
         console=console,
         disable=not console.is_terminal,
+        expand=True,
     )
     with bar:
-        task = bar.add_task(title, total=total, completed=done, rate="", note="")
+        task = bar.add_task(title, total=total, completed=done, pace="", note="")
 
         def advance(now: int, note: str) -> None:
             elapsed = time.monotonic() - begun
             rate = (now - first) / elapsed if elapsed else 0.0
-            bar.update(task, completed=now, rate=f"{rate:.2f}/s", note=note)
+            left = f", {duration((total - now) / rate)} left" if rate and now < total else ""
+            pace = f"{rate:.2f}/s{left}"
+            bar.update(task, completed=now, pace=pace, note=note)
             if not console.is_terminal and (time.monotonic() - last[0] > 10 or now == total):
-                left = (total - now) / rate if rate else 0.0
-                console.print(
-                    f"{title}: {now}/{total}, {rate:.2f}/s, {left:.0f} s left. {note}",
-                    highlight=False,
-                )
+                say(f"{title}: {now}/{total}, {pace}. {note}".rstrip())
                 last[0] = time.monotonic()
 
         yield advance

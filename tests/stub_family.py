@@ -31,6 +31,7 @@ class Picture:
 class Ask:
     prompt: str
     sources: tuple[Picture, ...] = ()
+    target: Picture | None = None
 
 
 class Counting:
@@ -41,6 +42,7 @@ class Counting:
         self.width, self.dtype = width, dtype
         self.encoded: list[str] = []
         self.negatives = 0
+        self.images = 0
 
     def text(self, prompt: str, images: Sequence[Any]) -> Text:
         codes = torch.tensor([*prompt.encode()], dtype=self.dtype) + 1000 * len(images)
@@ -65,6 +67,13 @@ class Counting:
             source=torch.cat(source)[None] if source else None,
             source_sizes=tuple((3, 1) for _ in images),
         )
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The mean colour of each image, and its height and width."""
+        self.images += len(pixels)
+        height, width = pixels.shape[2:]
+        size = pixels.new_tensor([height, width]).expand(len(pixels), 2)
+        return torch.cat([pixels.mean((2, 3)), size], dim=1).to(self.dtype)
 
 
 ENCODING = Encoding("QwenImagePipeline", "weights-1", "code-1", (64, 96), "float32", " ")

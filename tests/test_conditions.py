@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep import run
-from fewstep.caching import size
+from fewstep.commands.cache import cache as run_cache
+from fewstep.commands.cache import size
+from fewstep.data import conditions, tensorstore
 from fewstep.data.conditions import Encoding, Filled
 from fewstep.data.memo import Memo
 from fewstep.data.tensorstore import Entry, TensorStore
@@ -191,6 +192,26 @@ def test_another_encoding_is_encoded_again(tmp_path, field, value) -> None:
     assert len(store_in(tmp_path, replace(ENCODING, **{field: value})).missing(PROMPTS)) == 12
 
 
+def test_other_code_of_ours_encodes_again(tmp_path, monkeypatch) -> None:
+    """The parts of a condition, and the layout of a shard."""
+    fill(tmp_path, PROMPTS)
+    with monkeypatch.context() as later:
+        later.setattr(conditions, "ENCODING_VERSION", conditions.ENCODING_VERSION + 1)
+        assert len(store_in(tmp_path).missing(PROMPTS)) == 12
+    assert not store_in(tmp_path).missing(PROMPTS)
+    monkeypatch.setattr(tensorstore, "STORE_VERSION", tensorstore.STORE_VERSION + 1)
+    store = store_in(tmp_path)
+    assert len(store.missing(PROMPTS)) == 12 and store.tensors.damaged == shards(tmp_path)
+
+
+def test_parts_of_different_kinds_never_share_a_key(tmp_path) -> None:
+    """The same words as prompt and as negative prompt, the same image as source and as target."""
+    red = Picture("red.png", Image.new("RGB", (8, 8), "red"))
+    store = store_in(tmp_path, replace(ENCODING, negative="x"))
+    keys = store.keys(Ask("x", (red,), red))
+    assert len(keys) == len(set(keys)) == 4
+
+
 def test_another_negative_prompt_is_added_and_the_prompts_stay(tmp_path) -> None:
     fill(tmp_path, PROMPTS)
     other = replace(ENCODING, negative="blurred")
@@ -344,6 +365,21 @@ def test_verify_finds_a_flipped_bit_that_a_header_does_not_show(tmp_path) -> Non
     store.fill(PROMPTS, lambda: family)
     assert lost and family.encoded == lost
     assert store_in(tmp_path).tensors.verify() == []
+
+
+def test_what_verify_sets_aside_never_comes_back(tmp_path) -> None:
+    """Though what is encoded again is cut into other shards, and the bad one may sort last."""
+    fill(tmp_path, PROMPTS, shard_bytes=2000)
+    for broken in shards(tmp_path):
+        content = bytearray(broken.read_bytes())
+        content[-5] ^= 64
+        broken.write_bytes(content)
+    store = store_in(tmp_path)
+    bad = store.tensors.verify()
+    assert bad == shards(tmp_path)
+    store.fill(PROMPTS, Counting)
+    assert not set(bad) & set(shards(tmp_path)) and store_in(tmp_path).tensors.verify() == []
+    assert not store_in(tmp_path).missing(PROMPTS)
 
 
 def test_a_full_disk_is_a_message_and_leaves_nothing_half_written(tmp_path) -> None:
@@ -518,7 +554,7 @@ evaluation: {{per_category: 1, models: [student]}}
 def cache_command(recipe: Path, capsys: Any, **asked: bool) -> str:
     flags = {"verify": False, "prune": False, "dry_run": False} | asked
     capsys.readouterr()
-    run.cache(recipe, overrides={}, **flags)
+    run_cache(recipe, overrides={}, **flags)
     return capsys.readouterr().out
 
 
@@ -528,7 +564,7 @@ def test_the_command_encodes_reuses_prunes_and_tells(saved, tmp_path, capsys) ->
     cache, recipe = tmp_path / "cache", tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=saved, prompts=prompts, cache=cache))
     told = cache_command(recipe, capsys, dry_run=True)
-    assert "9 texts and sources are wanted, 0 are in" in told
+    assert "9 texts and images are wanted, 0 are in" in told
     assert "QwenImagePipeline: 64 bytes a text token" in told and "9 would be encoded" in told
     assert not shards(cache / "conditions")
     told = cache_command(recipe, capsys)
@@ -550,12 +586,12 @@ def test_the_command_encodes_reuses_prunes_and_tells(saved, tmp_path, capsys) ->
     assert len(TensorStore(cache / "conditions")) == 10
     assert "set free" in cache_command(recipe, capsys, prune=True)
     assert len(TensorStore(cache / "conditions")) == 9
-    assert "9 texts and sources are wanted, 9 are in" in cache_command(recipe, capsys)
+    assert "9 texts and images are wanted, 9 are in" in cache_command(recipe, capsys)
 
 
 def test_the_command_is_for_real_models() -> None:
     with pytest.raises(RecipeError, match=r"model\.family: there is nothing to encode beforehand"):
-        run.cache(
+        run_cache(
             Path("recipes/lab/unified.yaml"), overrides={}, verify=False, prune=False, dry_run=False
         )
 

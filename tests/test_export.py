@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep import run
 from fewstep.cli import app, guarded
+from fewstep.commands.export import export as run_export
 from fewstep.errors import (
     CheckpointError,
     DataError,
@@ -165,7 +165,7 @@ def write_run(tmp_path: Path, base: Path) -> Write:
 
 def export(folder: Path, to: str = "lora", **options: Any) -> Path:
     options = {"out": folder.parent / f"as_{to}", "dtype": None, "base": None, **options}
-    run.export(folder, to=to, **options)
+    run_export(folder, to=to, **options)
     return options["out"]
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep import contestants, samplers
+from fewstep.commands.distill import distill
+from fewstep.commands.sample import sample
 from fewstep.core.process import add_noise, score_from_x0
-from fewstep.core.types import Batch, Task
-from fewstep.domain import Domain
+from fewstep.core.types import Batch, Condition, Task
+from fewstep.domain import Case, Domain, Verdict
 from fewstep.errors import RecipeError
 from fewstep.evals import findings, probe, report_html, stability
+from fewstep.evals.preview import Preview
+from fewstep.evals.runner import Contestant, evaluate
 from fewstep.lab.domain import LabDomain
 from fewstep.models.lab import LabCondition
 from fewstep.recipe.facts import Facts, Machine
 from fewstep.recipe.plan import Plan, make_plan
 from fewstep.recipe.schema import Probe as Settings
-from fewstep.run import distill
+from fewstep.samplers import Guided
 from fewstep.train import instruments, loop
 from tests.test_loop import metrics_of, same_weights, start, tiny_recipe
 from tests.test_run import write_recipe, write_teacher
@@ -171,7 +176,9 @@ def domain() -> Domain:
 
 @pytest.fixture
 def made(domain: Domain, tmp_path: Path) -> Iterator[probe.Probe]:
-    yield probe.Probe(domain, CONDITIONS, SETTINGS, Painter(), seed=7, out=tmp_path / "probe")
+    yield probe.Probe(
+        domain, CONDITIONS, SETTINGS, Painter(), seed=7, batch=32, out=tmp_path / "probe"
+    )
 
 
 def test_a_student_like_its_teacher_has_ratio_one_no_excess_noise_and_no_alarm(
@@ -229,16 +236,107 @@ def test_one_task_that_collapses_is_enough(made: probe.Probe) -> None:
 
 def test_noise_is_told_against_the_teacher(domain: Domain, tmp_path: Path) -> None:
     calm = probe.Probe(
-        domain, CONDITIONS, SETTINGS, lambda n, c, t: torch.zeros_like(n), seed=7, out=tmp_path
+        domain,
+        CONDITIONS,
+        SETTINGS,
+        lambda n, c, t: torch.zeros_like(n),
+        seed=7,
+        batch=32,
+        out=tmp_path,
     )
     rough = calm.measure(1, lambda noise, cond, task: 0.5 * noise)
     assert rough["probe/noise"] > 1.0
     loud = probe.Probe(
-        domain, CONDITIONS, SETTINGS, lambda n, c, t: 0.5 * n, seed=7, out=tmp_path / "loud"
+        domain,
+        CONDITIONS,
+        SETTINGS,
+        lambda n, c, t: 0.5 * n,
+        seed=7,
+        batch=32,
+        out=tmp_path / "loud",
     )
     assert loud.measure(1, lambda noise, cond, task: torch.zeros_like(noise))[
         "probe/noise"
     ] == pytest.approx(-rough["probe/noise"])
+
+
+class Sizes(Painter):
+    """Also keeps how many images it was asked for at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __call__(self, noise: Tensor, cond: object, task: Task) -> Tensor:
+        self.seen.append(len(noise))
+        return super().__call__(noise, cond, task)
+
+
+def test_the_batch_decides_memory_and_not_the_picture(domain: Domain, tmp_path: Path) -> None:
+    """Each image of a probe, a sample grid and an evaluation has its prompt and its noise."""
+
+    def pictures(batch: int) -> tuple[list[bytes], list[int]]:
+        out, painter = tmp_path / str(batch), Sizes()
+        settings, seed = Settings(per_category=3, seeds=2), 7
+        probe.Probe(
+            domain, CONDITIONS, settings, painter, seed=seed, batch=batch, out=out / "probe"
+        ).measure(1, painter)
+        preview = Preview(domain, CONDITIONS, 6, seed=seed, batch=batch)
+        preview.draw(painter).save(out / "grid.png")
+        cases = [case for condition in CONDITIONS for case in domain.cases(*condition, 3, seed)]
+        player = Contestant("painter", {"t2i": 1, "edit": 1}, painter, "stamp")
+        evaluate(cases, [player], domain, out / "eval", batch=batch)
+        names = sorted(out.rglob("*.png"))
+        return [file.read_bytes() for file in names], painter.seen
+
+    whole, at_once = pictures(32)
+    split, seen = pictures(4)
+    assert split == whole and len(whole) > 40
+    # Student and teacher of three probes of 6, three rows of 6; 6 cases of a task and 3.
+    assert at_once == [6] * 9 + [6, 3]
+    assert seen == [4, 2] * 9 + [4, 2, 3]
+
+
+def test_the_recipe_says_how_many_are_drawn_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all that a run draws: sample grids, probes of both, the evaluation, `fewstep sample`."""
+    seen: list[int] = []
+
+    def counting(denoise: Guided, noise: Tensor, cond: Condition, grid: Sequence[float]) -> Tensor:
+        seen.append(len(noise))
+        return samplers.sample(denoise, noise, cond, grid)
+
+    monkeypatch.setattr(contestants, "sample", counting)
+    out = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "tiny.yaml", write_teacher(tmp_path / "base.safetensors"))
+    changes = {
+        "budget.updates": "2",
+        "log.sample_seeds": "7",
+        "log.probe": "{every: 2, per_category: 1, seeds: 8}",
+        "evaluation": "{batch: 5, per_category: 9, models: [student]}",
+    }
+    distill(recipe, out=out, overrides=changes)
+    grids, probes, evaluation = [5, 2] * 2, [5, 3] * 4, [5, 4] * 2  # t2i and edit each
+    assert sorted(seen) == sorted(grids + probes + evaluation)
+    seen.clear()
+    ask = {"prompts": ["a red house"], "prompt_file": None, "source": None, "instruction": None}
+    options = {"out": tmp_path / "seen.png", "model": "student", "steps": None}
+    sample(out, seeds=list(range(6)), **ask, **options)
+    assert seen == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "images"),
+    [
+        ({}, 32),
+        ({"evaluation": {"batch": 3}}, 3),
+        ({"model": {"family": "sana", "path": "models/sana"}}, 4),
+        ({"model": {"family": "sana", "path": "models/sana"}, "evaluation": {"batch": 3}}, 3),
+    ],
+)
+def test_real_models_draw_as_many_as_they_train_on_at_once(changes, images) -> None:
+    assert tiny_recipe(**changes).images_at_once == images
 
 
 def test_the_teacher_draws_once_for_a_run_folder(domain: Domain, tmp_path: Path) -> None:
@@ -246,7 +344,7 @@ def test_the_teacher_draws_once_for_a_run_folder(domain: Domain, tmp_path: Path)
 
     def probing(seeds: int = 3) -> tuple[list[np.ndarray], int]:
         teacher, settings = Painter(), Settings(per_category=1, seeds=seeds)
-        made = probe.Probe(domain, CONDITIONS, settings, teacher, seed=7, out=out)
+        made = probe.Probe(domain, CONDITIONS, settings, teacher, seed=7, batch=32, out=out)
         assert made.teacher is made.teacher
         return [group.images for group in made.teacher], teacher.calls
 
@@ -257,6 +355,60 @@ def test_the_teacher_draws_once_for_a_run_folder(domain: Domain, tmp_path: Path)
     (out / "teacher" / "cases.json").unlink()  # killed while it drew
     assert probing()[1] == 3
     assert probing(seeds=2)[1] == 3  # other cases: drawn again
+
+
+def test_a_teacher_that_was_stopped_while_it_wrote_is_drawn_again(
+    domain: Domain, tmp_path: Path
+) -> None:
+    """Also when the run goes on with the settings from before: its pictures are of both."""
+    out, condition = tmp_path / "probe", CONDITIONS[:1]
+
+    def probing(seeds: int) -> int:
+        teacher, settings = Painter(), Settings(per_category=1, seeds=seeds)
+        made = probe.Probe(domain, condition, settings, teacher, seed=7, batch=8, out=out)
+        assert len(made.teacher) == 1
+        return teacher.calls
+
+    assert (probing(2), probing(2)) == (1, 0)
+    in_the_way = out / "teacher" / "t2i-landscape-0000-s2.png"
+    in_the_way.mkdir()
+    with pytest.raises(OSError, match=r"s2\.png"):
+        probing(3)
+    assert probing(2) == 1
+
+
+def test_what_the_judge_could_not_score_is_in_no_mean(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    class Unsure(LabDomain):
+        def judge(self, images: np.ndarray, cases: Sequence[Case]) -> list[Verdict]:
+            asked.append([case.id for case in cases])
+            known = 2 if cases[0].category == "landscape" else 0
+            return [Verdict(4.0 if i < known else None, {}, ()) for i in range(len(cases))]
+
+    settings = Settings(per_category=2, seeds=3)
+    made = probe.Probe(Unsure(), CONDITIONS[:2], settings, Painter(), seed=7, batch=8, out=tmp_path)
+    found = made.measure(1, Painter())
+    assert found["probe/score/t2i"] == found["probe/score/t2i/landscape"] == 4.0
+    assert "probe/score/t2i/portrait" not in found
+    assert asked[0] == ["t2i-landscape-0000"] * 3 + ["t2i-landscape-0001"] * 3
+
+
+def test_a_category_alone_is_no_collapse() -> None:
+    """Few pictures: it is shown, and the alarm is for a whole task."""
+    metrics = {"probe/diversity_ratio/t2i": 0.9, "probe/diversity_ratio/t2i/landscape": 0.1}
+    assert probe.collapsed(metrics) == []
+    assert probe.collapsed(metrics | {"probe/variety_ratio/t2i": 0.3}) == [
+        "probe/variety_ratio/t2i"
+    ]
+
+
+def test_the_noise_is_that_of_the_seed(domain: Domain, tmp_path: Path) -> None:
+    def noise(seed: int) -> Tensor:
+        settings = Settings(per_category=1, seeds=2)
+        return probe.Probe(domain, [], settings, Painter(), seed=seed, batch=8, out=tmp_path).noise
+
+    assert torch.equal(noise(7), noise(7)) and not torch.equal(noise(7), noise(8))
 
 
 def test_probe_cases_are_of_the_training_split(made: probe.Probe, domain: Domain) -> None:

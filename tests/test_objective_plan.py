@@ -1,9 +1,11 @@
 """What the plan says of each objective: its cost by hand, equal compute in the lab, refusals."""
 
+from dataclasses import replace
+
 import pytest
 
-from fewstep.errors import RecipeError
-from fewstep.recipe.checks import check_objective
+from fewstep.recipe.cost import estimate_cost, estimate_memory
+from fewstep.recipe.facts import Machine, Passes
 from fewstep.recipe.load import load_recipe
 from fewstep.recipe.schema import Objective, Recipe
 
@@ -117,13 +119,6 @@ def test_an_adaptive_rule_needs_a_fake_score() -> None:
         assert "has no score of the student" in message, message
 
 
-def test_dmd2_refuses_a_family_that_shows_no_features() -> None:
-    recipe = load_recipe(LAB / "objective_dmd2.yaml")
-    opaque = recipe.model.model_copy(update={"family": "opaque"})
-    with pytest.raises(RecipeError, match=r"objective\.kind: dmd2 needs features .* 'opaque'"):
-        check_objective(recipe.model_copy(update={"model": opaque}), (1.0, 0.5))
-
-
 def test_objectives_are_told_apart_by_kind() -> None:
     kinds = {recipe_kind(path.stem) for path in LAB.glob("objective_*.yaml")}
     assert kinds == {"dmd", "dmd2", "decoupled_dmd", "tdm", "consistency", "trajectory_regression"}
@@ -132,3 +127,39 @@ def test_objectives_are_told_apart_by_kind() -> None:
 def recipe_kind(file: str) -> str:
     objective: Objective = load_recipe(LAB / f"{file}.yaml").objective
     return objective.kind
+
+
+def test_a_real_models_discriminator_is_planned_for() -> None:
+    """By hand from measured passes: a backward pass of 2.5 evaluations, in LoRA roles also for the
+    gradient at the sample; two halves are kept beside the fake score's own loss."""
+    path = LAB.parent / "qwen_image_21" / "one_80gb.yaml"
+    passes = Passes(
+        tokens=100,
+        teacher_flop=2e12,
+        student_flop=2e12,
+        training_flop=7e12,
+        forward_bytes=10**9,
+        kept_bytes=30 * 10**9,
+        training_bytes=40 * 10**9,
+        decoder_bytes=10**9,
+    )
+    model = replace(FACTS.model, width=64, trained=1000, passes={"t2i": passes})
+    made = {}
+    for kind in ("dmd", "dmd2"):
+        overrides = {"objective": f"{{kind: {kind}, fake_updates: 3}}"}
+        recipe = load_recipe(path, overrides)
+        memory = estimate_memory(recipe, teachers=1, tasks=("t2i",), model=model)
+        cost = estimate_cost(
+            recipe,
+            steps=4,
+            nfe_real={"t2i": 2.0},
+            samples={"t2i": 100},
+            machine=Machine(),
+            model=model,
+        )
+        made[kind] = memory, cost
+    (plain, bare), (with_head, cost) = made["dmd"], made["dmd2"]
+    assert plain.activations == 40 * 10**9 and with_head.activations == 70 * 10**9
+    assert with_head.fake - plain.fake == 16 * (64 * 64 + 64 + 2 * 64 + 64 + 1)
+    assert bare.nfe_gan == 0 and cost.nfe_gan == pytest.approx(0.5 * 3.5 + 3 * 2 * 0.5 * 3.5)
+    assert cost.nfe_student_backward == pytest.approx(2.5)

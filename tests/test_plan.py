@@ -532,7 +532,8 @@ def rules(*rows: str, when: str = "") -> dict[str, str]:
         ),
         (
             {"budget.batch": "16", "budget.micro_batch": "32"},
-            "budget.batch: 16 does not divide over micro_batch 32 x 1 device; use 32",
+            "budget.batch: 16 does not divide over micro_batch 32 x 1 device; use 32, or "
+            "budget.micro_batch 16",
         ),
         (
             {"objective.renoise": "{low: 0.9, high: 0.9}"},
@@ -564,6 +565,15 @@ def test_a_pool_larger_than_what_is_there_is_refused():
     message = refusal({"data.pools.text.size": "113"}, facts=facts)
     assert "data.pools.style.size: 1000 prompts are asked for, but there are 0" in message
     assert "remove the pool" in message
+
+
+def test_bundled_weights_are_offered_to_the_lab_alone():
+    lab = Facts(bundled=FACTS.bundled, weights_problems={"t2i": "there is no file x"})
+    told = "weights: there is no file x; train it with `fewstep teach`"
+    assert refusal({}, facts=lab).endswith(f"{told}, or use bundled:<name>")
+    folder = Facts(weights_problems={"base": "there is no file x"})
+    overrides = {"model.family": "folder", "teachers.base.weights": "x"}
+    assert refusal(overrides, facts=folder).endswith(told)
 
 
 # What lies on disk

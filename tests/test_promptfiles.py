@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tarfile
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from fewstep.data.domain import FolderDomain
 from fewstep.data.folder import ImageFolder
 from fewstep.data.memo import Memo
+from fewstep.data.pixels import read_rgb
 from fewstep.data.promptfiles import PromptRecord, conversions, read_prompts
 from fewstep.errors import DataError, RecipeError
 from fewstep.models.text import TextEncoder
@@ -263,6 +265,20 @@ def test_equal_images_have_equal_digests_wherever_they_lie(images) -> None:
     assert blue.digest == shard.digest != red.digest
 
 
+def test_images_of_one_shard_are_told_apart(tmp_path) -> None:
+    """By content, and in the order of their numbers and not of their names."""
+    sources = {f"0.source{i}.png": picture("blue", (12, 8 + i)) for i in range(12)}
+    members = {"0.json": b'{"instruction": "x"}'} | dict(reversed(sources.items()))
+    (record,) = read_prompts(write_tar(tmp_path / "s.tar", members))
+    assert [source.open().height for source in record.sources] == list(range(8, 20))
+    assert len({source.digest for source in record.sources}) == 12
+
+
+def test_one_instruction_may_be_given_for_several_images(images) -> None:
+    rows = [{"instruction": "make it red", "source": f"{name}.png"} for name in ("blue", "green")]
+    assert len(read_prompts(write_lines(images / "e.jsonl", *rows))) == 2
+
+
 def test_conversions_are_told(images) -> None:
     (images / "grey.png").write_bytes(picture("red", mode="L"))
     (images / "clear.png").write_bytes(picture("red", mode="RGBA"))
@@ -286,13 +302,44 @@ def test_a_memo_spares_reading_an_image_until_it_changes(images, monkeypatch) ->
     from fewstep.data import promptfiles
 
     monkeypatch.setattr(
-        promptfiles, "read_rgb", lambda content: (decoded.append(content), (None, ""))[1]
+        promptfiles, "read_rgb", lambda content: (decoded.append(content), read_rgb(content))[1]
     )
     assert read_prompts(file, Memo(images / "memo.json")) == before and not decoded
     (images / "blue.png").write_bytes(picture("green"))
     after = read_prompts(file, Memo(images / "memo.json"))
     assert decoded == [picture("green")]
     assert after[0].sources[0].digest != before[0].sources[0].digest
+
+
+def test_a_memo_answers_for_a_file_as_it_was(tmp_path) -> None:
+    """Neither for its next content, be that as long and as old, nor for another question."""
+    file, memory = tmp_path / "a.bin", tmp_path / "memo.json"
+
+    def ask(question: str = "what", memo: Memo | None = None) -> str:
+        memo = Memo(memory) if memo is None else memo
+        answer = memo.get(file, question, lambda: f"{question} {file.read_text()}")
+        memo.save()
+        return answer
+
+    file.write_text("one")
+    before = file.stat()
+    assert ask() == "what one" and ask("other") == "other one"
+    file.write_text("two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert ask() == "what two"
+    memory.write_text(memory.read_text().replace("what two", "remembered"))
+    assert ask() == "remembered"
+    memory.write_text("{")
+    assert ask() == "what two"
+
+    def fail() -> str:
+        raise DataError("no")
+
+    memo = Memo()
+    for _ in range(2):
+        with pytest.raises(DataError):
+            memo.get(file, "why", fail)
+    assert ask("why", memo) == "why two"
 
 
 MISTAKES = {
@@ -309,7 +356,7 @@ MISTAKES = {
     "no source": ([{"instruction": "a"}], "an instruction without 'source'; name the image"),
     "no instruction": ([{"prompt": "a", "source": "red.png"}], "'prompt' is no instruction"),
     "missing": ([{"instruction": "a", "source": "rad.png"}], "rad.png does not exist; .*red.png"),
-    "no name": ([{"instruction": "a", "sources": [3]}], "a source is '3'; give the name"),
+    "no name": ([{"instruction": "a", "sources": [3]}], "an image is '3'; give the name"),
     "broken": ([{"instruction": "a", "source": "cut.png"}], "line 1: cut.png cannot be read"),
     "no image": ([{"instruction": "a", "source": "e.jsonl"}], "e.jsonl is no image, or damaged"),
     "float": ([{"instruction": "a", "source": "f.tiff"}], "floating-point pixels; save it with 8"),

@@ -10,26 +10,35 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from fewstep.endpoint import Endpoint, Usage, _seconds, json_in
 from fewstep.errors import DataError, RecipeError, RunError
 from fewstep.prompts.budget import Budget, tokens
 from fewstep.prompts.check import check, overlaps, spread
-from fewstep.prompts.classify import agreement
-from fewstep.prompts.endpoint import Endpoint, Usage, _seconds, json_in
+from fewstep.prompts.classify import (
+    BATCH,
+    DESCRIPTIONS,
+    agreement,
+    batches,
+    classify_by_model,
+    still_open,
+)
+from fewstep.prompts.cli import app
 from fewstep.prompts.near import NearIndex, jaccard, shingles
 from fewstep.prompts.pool import Entry, PoolFile, read_entries, read_rows
 from fewstep.prompts.rules import BUILTIN, category_by_rule
-from fewstep.prompts.spec import load_spec, open_grid
+from fewstep.prompts.spec import load_spec, open_grid, rules_for
 from fewstep.prompts.text import fingerprint, language, quotations, words
 from fewstep.prompts.write import TRIES, Writer, write
+
+from .endpoint_server import Handled, serving
 
 ROOT = Path(__file__).parent.parent
 ASK = [{"role": "user", "content": "hello"}]
@@ -44,70 +53,17 @@ grid:
 length: {min: 8, max: 40}
 request: {prompts: 3}
 """
-
-
-# A server whose every answer a test decides.
-
-
-class Handled:
-    """What one request was; `reply` answers it, once."""
-
-    def __init__(self, handler: BaseHTTPRequestHandler) -> None:
-        self.handler = handler
-        size = int(handler.headers["Content-Length"])
-        self.body: dict[str, Any] = json.loads(handler.rfile.read(size))
-        self.asked: str = self.body["messages"][-1]["content"]
-        self.headers, self.path = handler.headers, handler.path
-
-    def reply(self, text: str, finish: str = "stop", usage: tuple[int, int] | None = (100, 50)):
-        answer: dict[str, Any] = {
-            "choices": [
-                {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
-            ]
-        }
-        if usage:
-            answer["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
-        self.raw(200, json.dumps(answer))
-
-    def prompts(self, listed: list[Any]) -> None:
-        self.reply(json.dumps({"prompts": listed}))
-
-    def raw(self, status: int, text: str, **headers: str) -> None:
-        content = text.encode()
-        self.handler.send_response(status)
-        for name, value in headers.items():
-            self.handler.send_header(name.replace("_", "-"), value)
-        self.handler.send_header("Content-Length", str(len(content)))
-        self.handler.end_headers()
-        self.handler.wfile.write(content)
-
-
-@contextmanager
-def serving(answer: Callable[[Handled, int], None]) -> Iterator[str]:
-    """The address of a server; `answer` gets each request and its number, from 0."""
-    lock, count = threading.Lock(), [0]
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            with lock:
-                number, count[0] = count[0], count[0] + 1
-            # The client gives up waiting where a test wants it.
-            with suppress(BrokenPipeError, ConnectionResetError):
-                answer(Handled(self), number)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+INSTRUCTIONS = """
+kind: instruction
+category: scene
+description: the background changes
+count: 4
+templates: ["Image: {source}. New place: {place}."]
+grid: {place: [a beach, a forest]}
+sources: {file: captions.jsonl}
+length: {min: 3, max: 20}
+near_duplicate: 0.8
+"""
 
 
 def client(url: str, **options: Any) -> Endpoint:
@@ -136,8 +92,9 @@ def run(
 ):
     """`fewstep prompts write` without its command line."""
     loaded = load_spec(spec)
-    writer = Writer(loaded, open_grid(loaded, spec), read_rows(out), where=out.name, **more)
-    pool = PoolFile(out)
+    kept = read_rows(out)
+    writer = Writer(loaded, open_grid(loaded, spec), kept, where=out.name, **more)
+    pool = PoolFile(out, len(kept))
     try:
         return write(
             writer,
@@ -252,6 +209,15 @@ def test_the_nearest_is_named_with_its_jaccard_index():
     assert index.find("one two three four five six seven eight nine", scope="elsewhere") is None
 
 
+def test_a_near_duplicate_is_found_in_buckets_that_others_opened():
+    """Each band of the last one is that of some earlier one, which is no near-duplicate of it."""
+    said, index = [f"w{i}" for i in range(30)], NearIndex(0.95)
+    for i in range(30):
+        assert index.add(str(i), " ".join([*said[:i], "other", *said[i + 1 :]])) is None
+    assert index.add("whole", " ".join(said)) is None
+    assert index.find(" ".join([*said, "again"])) == ("whole", pytest.approx(28 / 29))
+
+
 def test_twenty_thousand_short_prompts_take_less_than_twenty_seconds():
     """Processor time: this machine may be busy."""
     index = NearIndex(0.6)
@@ -332,6 +298,12 @@ def test_what_a_prompt_begins_with_counts_twice():
     assert category_by_rule(f"{people} rest; {valley}", BUILTIN["prompt"]) == "portrait"
 
 
+def test_a_word_in_passing_makes_no_category():
+    still = "Three lemons, a knife and a loaf of bread on a linen cloth beside a blue jug"
+    assert category_by_rule(f"{still} with a cloud", BUILTIN["prompt"]) == "other"
+    assert category_by_rule(f"{still} with a cloud and a hill", BUILTIN["prompt"]) == "landscape"
+
+
 # The grid.
 
 
@@ -384,6 +356,29 @@ def test_specs_that_cannot_work_are_refused(tmp_path: Path, old: str, new: str, 
     assert old in SPEC
     with pytest.raises(RecipeError, match=re.escape(expected)):
         load_spec(spec_at(tmp_path, SPEC.replace(old, new)))
+
+
+def test_a_source_of_the_captions_is_a_part_of_the_grid(tmp_path: Path):
+    """Rows name cells by number, so a pool must not go on when the numbers mean something else."""
+    captions = tmp_path / "captions.txt"
+
+    def stamp(text: str, listed: str = "a dog\na cup\n") -> str:
+        captions.write_text(listed)
+        path = spec_at(tmp_path, text)
+        return open_grid(load_spec(path), path).stamp
+
+    edits = INSTRUCTIONS.replace("captions.jsonl", "captions.txt")
+    assert stamp(edits) == stamp(edits.replace("count: 4", "count: 9")) != stamp(SPEC)
+    assert stamp(edits) != stamp(edits, "a dog\na car\n")
+    assert stamp(SPEC) != stamp(SPEC.replace("count: 12", "language: zh"))
+    assert stamp(SPEC) != stamp(SPEC.replace("category: landscape", "category: portrait"))
+
+
+def test_an_own_rule_takes_the_place_of_the_built_in_one(tmp_path: Path):
+    spec = load_spec(spec_at(tmp_path, SPEC + "rule: {strong: [hawk]}\n"))
+    rules = rules_for("prompt", [spec])
+    assert category_by_rule("a hawk above its nest", rules) == "landscape"
+    assert category_by_rule("a mountain valley", rules) == "other"
 
 
 # Writing.
@@ -540,12 +535,7 @@ def test_instructions_are_written_per_source_and_may_recur_for_another(tmp_path:
     captions = tmp_path / "captions.jsonl"
     lines = [{"file": f"{i}.png", "caption": f"a {what}"} for i, what in enumerate(("dog", "cup"))]
     captions.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    spec = spec_at(
-        tmp_path,
-        "kind: instruction\ncategory: scene\ndescription: the background changes\ncount: 4\n"
-        "templates: ['Image: {source}. New place: {place}.']\ngrid: {place: [a beach, a forest]}\n"
-        "sources: {file: captions.jsonl}\nlength: {min: 3, max: 20}\nnear_duplicate: 0.8\n",
-    )
+    spec = spec_at(tmp_path, INSTRUCTIONS)
 
     def answer(request: Handled, number: int) -> None:
         place = "beach" if "a beach" in request.asked else "forest"
@@ -562,6 +552,67 @@ def test_instructions_are_written_per_source_and_may_recur_for_another(tmp_path:
         for place in ("a beach", "a forest")
     }
     assert all(row["instruction"] == row["prompt"] for row in rows)
+
+
+def test_an_instruction_is_not_repeated_for_the_same_source(tmp_path: Path):
+    (tmp_path / "captions.jsonl").write_text('{"caption": "a dog"}\n{"caption": "a cup"}\n')
+    path = spec_at(tmp_path, INSTRUCTIONS)
+    spec = load_spec(path)
+    grid = open_grid(spec, path)
+    cells = [grid.cell(number) for number in range(grid.cells)]
+    first = cells[0]
+    (same,) = [c for c in cells[1:] if c.source == first.source]
+    (other, *_) = [c for c in cells if c.source != first.source]
+    long = "Change the background of it to a wide and empty beach at night"
+    rows = [{"grid": grid.stamp, "cell": first.number, "prompt": long}]
+    writer = Writer(spec, grid, rows)
+    assert writer.objection(long.upper(), same) == "duplicate"
+    assert writer.objection(f"{long} please", same) == "near-duplicate"
+    assert writer.objection(long, other) == writer.objection(f"{long} please", other) == ""
+
+
+def test_a_request_carries_the_fields_of_the_spec(tmp_path: Path):
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: Handled, number: int) -> None:
+        bodies.append(request.body)
+        offering()(request, number)
+
+    extra = "request: {prompts: 3, temperature: 0.25, max_tokens: 77, extra: {top_k: 5}}"
+    with serving(answer) as url:
+        run(
+            spec_at(tmp_path, SPEC.replace("request: {prompts: 3}", extra)),
+            tmp_path / "pool.jsonl",
+            url,
+        )
+    for body in bodies:
+        assert (body["temperature"], body["max_tokens"], body["top_k"]) == (0.25, 77, 5)
+
+
+ONE_CELL = SPEC.replace("[a valley, a coast, a lake]", "[a lake]").replace("[dawn, dusk]", "[dusk]")
+
+
+def test_a_slow_cell_is_asked_for_what_it_lacks_and_shown_its_latest(tmp_path: Path):
+    """More requests than TRIES, of which every second one brings a prompt."""
+    asked: list[str] = []
+
+    def answer(request: Handled, number: int) -> None:
+        asked.append(request.asked)
+        request.prompts([fresh(number)] if number % 2 else [])
+
+    with serving(answer) as url:
+        outcome = run(
+            spec_at(tmp_path, ONE_CELL.replace("count: 12", "count: 8")),
+            tmp_path / "p.jsonl",
+            url,
+            workers=1,
+        )
+    assert (outcome.written, outcome.missing, len(asked)) == (8, 0, 16)
+    assert len(asked) > 2 * TRIES
+    wanted = [re.findall(r"Write (\d+) ", text)[0] for text in asked[::2]]
+    assert wanted == ["3"] * 6 + ["2", "1"]
+    shown = re.findall(r"^- (.*)$", asked[-1], re.MULTILINE)
+    assert shown == [fresh(number) for number in (5, 7, 9, 11, 13)]
 
 
 # Resuming.
@@ -593,6 +644,9 @@ def test_a_larger_count_goes_on_and_another_grid_is_refused(tmp_path: Path):
         assert sorted(Counter(row["cell"] for row in read_rows(out)).values()) == [3, 3, 3, 3, 4, 4]
         with pytest.raises(RunError, match=r"pool.jsonl:1: not written from this grid"):
             run(spec_at(tmp_path, SPEC.replace("a lake", "a bay")), out, url)
+        before = out.read_bytes()
+        fewer = run(spec_at(tmp_path, SPEC.replace("count: 12", "count: 7")), out, url)
+        assert (fewer.written, fewer.missing, out.read_bytes()) == (0, 0, before)
 
 
 def test_rows_written_before_are_not_repeated_by_later_ones(tmp_path: Path):
@@ -634,6 +688,51 @@ def test_kill_loses_only_requests_in_flight(tmp_path: Path):
             assert len(answered) - 4 - 2 * (stop == signal.SIGINT) <= kept <= len(answered)
         assert process.returncode == 130
         assert "the same command goes on" in said
+
+
+def write_command(spec: Path, out: Path, url: str) -> subprocess.Popen[str]:
+    command = ["prompts", "write", str(spec), "-o", str(out), "--endpoint", url, "--model", "fake"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "fewstep.cli", *command, "--workers", "1"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_one_command_at_a_time_writes_a_pool(tmp_path: Path):
+    """The second is refused while the first waits for an answer, and the pool is the first's."""
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def answer(request: Handled, number: int) -> None:
+        asked.set()
+        may_answer.wait(30)
+        request.prompts([fresh(number)])
+
+    out, spec = tmp_path / "pool.jsonl", spec_at(tmp_path)
+    with serving(answer) as url:
+        first = write_command(spec, out, url)
+        assert asked.wait(30)
+        second = write_command(spec, out, url)
+        _, said = second.communicate(timeout=30)
+        may_answer.set()
+        first.communicate(timeout=30)
+    assert second.returncode == RunError.exit_code
+    assert f"{out}: another command is writing it" in said
+    assert first.returncode == 0
+    assert len({row["hash"] for row in read_rows(out)}) == len(read_rows(out)) == 12
+
+
+def test_a_pool_that_grew_since_it_was_read_is_refused(tmp_path: Path):
+    """What was read decides what is asked for: here another command has come and gone since."""
+    out, spec = tmp_path / "pool.jsonl", spec_at(tmp_path)
+    before = len(read_rows(out))
+    with serving(lambda request, number: request.prompts([fresh(number)])) as url:
+        run(spec, out, url)
+    content = out.read_bytes()
+    with pytest.raises(RunError, match="another command has written to it"):
+        PoolFile(out, before)
+    assert out.read_bytes() == content
+    PoolFile(out, 12).close()
 
 
 # The endpoint at its worst.
@@ -690,6 +789,62 @@ def test_the_pause_grows_and_retry_after_is_kept():
     assert gaps[1] >= 0.1 and gaps[2] >= 0.2 and gaps[3] >= 0.4  # half of 0.1 * 2^k at least
 
 
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
+def test_statuses_that_another_try_may_cure(status: int):
+    def answer(request: Handled, number: int) -> None:
+        request.raw(status, "") if number == 0 else request.reply("fine")
+
+    with serving(answer) as url:
+        assert client(url, tries=2).ask(ASK).text == "fine"
+
+
+def test_the_pause_doubles_up_to_a_minute(monkeypatch: pytest.MonkeyPatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with (
+        serving(lambda request, number: request.raw(503, "")) as url,
+        pytest.raises(RunError, match="failed 7 times"),
+    ):
+        client(url, pause=8.0, tries=7).ask(ASK)
+    most = [8, 16, 32, 60, 60, 60]
+    assert all(longest / 2 <= p <= longest for p, longest in zip(pauses, most, strict=True))
+
+
+def test_an_answer_that_does_not_come_in_time_is_not_waited_for():
+    def answer(request: Handled, number: int) -> None:
+        time.sleep(0.6)
+        request.reply("late")
+
+    with (
+        serving(answer) as url,
+        pytest.raises(RunError, match=r"failed 1 times \(no answer within 0.1 s\)"),
+    ):
+        client(url, timeout=0.1, tries=1).ask(ASK)
+
+
+def test_a_server_that_stops_is_no_wrong_address():
+    """It may come back, and what was written is kept; an address that never answered is wrong."""
+    with serving(lambda request, number: request.reply("fine")) as url:
+        endpoint = client(url, tries=2)
+        endpoint.ask(ASK)
+    with pytest.raises(RunError, match="failed 2 times"):
+        endpoint.ask(ASK)
+    with pytest.raises(RecipeError, match="cannot be reached"):
+        client(url, tries=2).ask(ASK)
+
+
+def test_replies_without_counts_are_told_from_free_ones():
+    with serving(lambda request, number: request.reply("fine", usage=None)) as url:
+        assert client(url).ask(ASK).usage == Usage(1, 0, 0, unreported=1)
+
+
+@pytest.mark.parametrize("key", ["sk-1\n", " sk-1", "sk-\u00e9"])
+def test_keys_that_cannot_be_are_refused_unseen(key: str):
+    with pytest.raises(RecipeError, match="MY_KEY: holds blanks") as caught:
+        Endpoint("http://h/v1", "fake", key=key, key_name="MY_KEY")
+    assert "sk-" not in str(caught.value)
+
+
 def test_retry_after_is_seconds_or_a_date():
     from email.utils import formatdate
 
@@ -731,6 +886,7 @@ def test_a_single_refused_request_does_not_stop_the_others(tmp_path: Path):
     with serving(answer) as url:
         outcome = run(spec_at(tmp_path), tmp_path / "pool.jsonl", url, workers=1)
     assert (outcome.written, outcome.refused) == (12, {"refused (400)": 4})
+    assert outcome.usage == Usage(8, 600, 300, unreported=2)
 
 
 def test_an_error_in_the_middle_keeps_what_was_written(tmp_path: Path):
@@ -786,6 +942,8 @@ def test_the_estimate_counts_requests_and_what_is_left_to_write(tmp_path: Path):
     rows = [{"grid": grid.stamp, "cell": 0, "prompt": fresh(i)} for i in range(4)]
     assert Writer(spec, grid, rows).estimate().requests == 10
     assert tokens("两只猫 run fast") == pytest.approx(3 + 2 * 1.35)
+    chinese = spec.model_copy(update={"language": "zh"})
+    assert Writer(chinese, grid).estimate().tokens_out == pytest.approx(24 * (24 + 6) + 12 * 6)
 
 
 def test_budget():
@@ -830,6 +988,20 @@ def test_check_counts_what_is_there():
     assert [(one.line, one.other_line) for one in found.examples] == [(2, 1), (3, 1)]
 
 
+def test_the_same_instruction_for_another_image_is_no_repetition():
+    text = "Change the background to a wide and empty beach"
+    asked = ((text, "a dog"), (text, "a cup"), (f"{text} now", "a cup"), (text, "a dog"))
+    listed = [
+        Entry(number, instruction, {"source_caption": source})
+        for number, (instruction, source) in enumerate(asked, start=1)
+    ]
+    found = check(listed, BUILTIN["instruction"], near=0.6, scope="source_caption")
+    assert (found.repeated, found.nearly_repeated) == (1, 1)
+    assert [(one.line, one.other_line) for one in found.examples] == [(3, 2), (4, 1)]
+    anywhere = check(listed, BUILTIN["instruction"], near=0.6)
+    assert (anywhere.repeated, anywhere.nearly_repeated) == (2, 1)
+
+
 def test_spread():
     found = spread([1, 2, 3, 4, 100])
     assert found == (1, 3, 22, pytest.approx(80.8), 100)
@@ -851,6 +1023,9 @@ def test_agreement_is_cohens_kappa():
     found = agreement(pairs)
     assert found.share == pytest.approx(0.7)
     assert found.kappa == pytest.approx(0.4)
+    # Chance is what both name: 0.3 * 0.6 + 0.7 * 0.4 = 0.46.
+    lopsided = agreement([("y", "y")] * 3 + [("n", "y")] * 3 + [("n", "n")] * 4)
+    assert lopsided.kappa == pytest.approx((0.7 - 0.46) / 0.54)
 
 
 def test_lists_are_read_from_lines_tables_and_objects(tmp_path: Path):
@@ -898,6 +1073,70 @@ def test_classify_by_model_reports_agreement_and_goes_on(tmp_path: Path):
     assert [row["category_rule"] for row in rows] == [
         "landscape", "other", "landscape", "portrait", "other",
     ]  # fmt: skip
+
+
+def classified(url: str, out: Path, listed: list[Entry], budget: Budget | None = None) -> Usage:
+    pool = PoolFile(out, len(read_rows(out)))
+    try:
+        return classify_by_model(
+            batches(still_open(listed, read_rows(out), out.name)),
+            pool,
+            client(url),
+            kind="prompt",
+            rules=BUILTIN["prompt"],
+            descriptions=DESCRIPTIONS["prompt"],
+            workers=1,
+            budget=budget or Budget(),
+            tell=lambda written: None,
+        )
+    finally:
+        pool.close()
+
+
+def test_a_prompt_that_gets_no_category_is_given_up_and_asked_for_next_time(tmp_path: Path):
+    asked: list[str] = []
+
+    def answer(request: Handled, number: int) -> None:
+        asked.append(request.asked)
+        numbered = dict(re.findall(r"^(\d+)\. (.*)$", request.asked, re.MULTILINE))
+        said = {key: "other" for key, text in numbered.items() if text != "a riddle"}
+        request.reply(json.dumps({"categories": said}))
+
+    out, listed = tmp_path / "sorted.jsonl", entries("a cup", "a riddle", "a bowl")
+    with serving(answer) as url:
+        with pytest.raises(RunError, match="1 prompts got no known category in 3 requests each"):
+            classified(url, out, listed)
+        assert ["a cup" in text for text in asked] == [True, False, False]
+        assert {row["line"] for row in read_rows(out)} == {1, 3}
+        with pytest.raises(RunError, match="1 prompts"):
+            classified(url, out, listed)
+        assert len(asked) == 6 and not any("a cup" in text for text in asked[3:])
+        assert len(read_rows(out)) == 2
+
+
+def test_classifying_stops_beyond_its_allowance(tmp_path: Path):
+    out, listed = tmp_path / "sorted.jsonl", entries(*(f"cup {n}" for n in range(3 * BATCH)))
+    allowance = Budget(price_in=1e4, price_out=0.0, most=1.5)  # each reply costs 1
+
+    def answer(request: Handled, number: int) -> None:
+        said = dict.fromkeys(re.findall(r"^(\d+)\. ", request.asked, re.MULTILINE), "other")
+        request.reply(json.dumps({"categories": said}))
+
+    with serving(answer) as url, pytest.raises(RunError, match=r"measured cost 2.00 is beyond"):
+        classified(url, out, listed, allowance)
+    assert len(read_rows(out)) == 2 * BATCH
+
+
+def test_rows_of_another_list_are_not_gone_on_with():
+    row = {"line": 1, "prompt": "a cup", "category_model": "other"}
+    listed = entries("a cup", "a bowl")
+    assert [entry.text for entry in still_open(listed, [row], "out")] == ["a bowl"]
+    by_rule = {key: value for key, value in row.items() if key != "category_model"}
+    for wrong in (row | {"prompt": "a jug"}, row | {"line": 3}, by_rule):
+        with pytest.raises(RunError, match="out:2: not classified by a model from this file"):
+            still_open(listed, [row | {"line": 2, "prompt": "a bowl"}, wrong], "out")
+    with pytest.raises(RunError, match="out:2"):
+        still_open(listed, [row, row], "out")
 
 
 # The commands.
@@ -973,3 +1212,69 @@ def test_classify_by_rule_with_an_own_category_and_known_ones(tmp_path: Path):
     assert result.returncode == 0, result.stderr
     assert [row["category"] for row in read_rows(out)] == ["birds", "landscape", "other"]
     assert "known and category_rule agree on 100.0 % of 3, kappa 1.00" in result.stdout
+
+
+def command(*arguments: str | Path) -> None:
+    """`fewstep prompts` in this process; its errors come as they are."""
+    typer.main.get_command(app).main([*map(str, arguments)], standalone_mode=False)
+
+
+def test_the_command_fails_where_prompts_are_missing_and_takes_another_count(tmp_path: Path):
+    def answer(request: Handled, number: int) -> None:
+        listed = [] if "a lake" in request.asked else [fresh(2 * number), fresh(2 * number + 1)]
+        request.prompts(listed)
+
+    out, spec = tmp_path / "pool.jsonl", spec_at(tmp_path)
+    with serving(answer) as url:
+        common = ("write", spec, "-o", out, "--endpoint", url, "--model", "m", "--workers", "1")
+        with pytest.raises(RunError, match="2 prompts are missing, in cells where nothing"):
+            command(*common, "--count", "6")
+    assert len(read_rows(out)) == 4
+
+
+def test_classify_refuses_before_it_asks_or_overwrites(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    listed, out = tmp_path / "list.txt", tmp_path / "sorted.jsonl"
+    listed.write_text("a cup\na lake\n")
+    asked: list[int] = []
+    with serving(lambda request, number: asked.append(number)) as url:
+        common = ("classify", listed, "-o", out, "--endpoint", url, "--model", "m")
+        with pytest.raises(RecipeError, match=r"--max-cost: the estimate is"):
+            command(*common, "--price-in", "1e6", "--price-out", "1", "--max-cost", "1")
+        command(*common, "--dry-run")
+        assert not asked and not out.exists() and "estimate: 1 requests" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="is of kind prompt"):
+        command("classify", listed, "-o", out, "--instructions", "--spec", spec_at(tmp_path))
+    command("classify", listed, "-o", out)
+    before = out.read_bytes()
+    with pytest.raises(RunError, match="is there already; choose another --out"):
+        command("classify", listed, "-o", out)
+    assert out.read_bytes() == before
+
+
+def test_the_model_is_compared_with_what_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The rule takes both for what they are; the model calls the lake a landscape alone."""
+    listed, out = tmp_path / "list.jsonl", tmp_path / "sorted.jsonl"
+    known = {"a mountain lake": "landscape", "portrait of a girl": "portrait"}
+    rows = [{"prompt": text, "known": category} for text, category in known.items()]
+    listed.write_text("\n".join(map(json.dumps, rows)))
+    with serving(sorting) as url:
+        more = ("--truth", "known", "--endpoint", url, "--model", "m")
+        command("classify", listed, "-o", out, *more)
+    told = capsys.readouterr().out
+    assert "known and category_rule agree on 100.0 % of 2, kappa 1.00" in told
+    assert "known and category_model agree on 50.0 % of 2" in told
+
+
+def test_the_command_checks_instructions_by_their_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    listed = tmp_path / "edits.jsonl"
+    rows = [{"prompt": "Make it winter.", "source_caption": what} for what in ("a dog", "a cup")]
+    listed.write_text("\n".join(map(json.dumps, rows)))
+    for options, repeated in ((("--instructions",), 0), ((), 1)):
+        command("check", listed, "--json", *options)
+        assert json.loads(capsys.readouterr().out)["repeated"] == repeated

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from fewstep.errors import RecipeError
-from fewstep.recipe.load import dump_yaml, load_recipe
+from fewstep.prompts.spec import Spec
+from fewstep.recipe.load import dump_yaml, load_recipe, load_yaml
 from fewstep.recipe.schema import Dmd, ExplicitGrid, Recipe, ShiftGrid
+from fewstep.recipe.teach import TeachRecipe
+from fewstep.sweep.study import Study
 
 ROOT = Path(__file__).parent.parent
 UNIFIED = ROOT / "recipes" / "lab" / "unified.yaml"
@@ -154,6 +157,13 @@ def test_a_mistake_in_a_parent_names_the_parents_line(tmp_path: Path, small: Pat
     assert "small.yaml:12: data.mixtur: unknown key; did you mean 'mixture'?" in message
 
 
+def test_a_missing_file_among_many_names_the_nearest_alone(small: Path):
+    for i in range(12):
+        write(small.parent, f"other{i:02}.yaml", "")
+    message = refused(small.parent / "smal.yaml")
+    assert message.endswith("there is no such file; did you mean 'small.yaml'?")
+
+
 def test_a_missing_file_names_its_neighbours(small: Path):
     message = refused(small.with_name("smal.yaml"))
     assert "smal.yaml: there is no such file; did you mean 'small.yaml'?" in message
@@ -233,7 +243,7 @@ def test_a_file_that_is_no_text_or_a_folder_is_refused(tmp_path: Path):
         (
             15,
             ("kind: dmd", "kind: dmd, fake_updates: many"),
-            "objective.fake_updates: 'many' should be a valid integer",
+            "objective.fake_updates: 'many' is no whole number",
         ),
         (16, ("batch: 4", "batch: 4.5"), "budget.batch: 4.5 should be a valid integer"),
     ],
@@ -245,6 +255,26 @@ def test_a_wrong_field_is_refused_with_line_path_and_what_would_work(
     small.write_text(SMALL.replace(*wrong))
     message = refused(small)
     assert f"small.yaml:{line}: {expected}" in message
+
+
+SHAPES = {
+    "lab/unified.yaml": (Recipe, "a recipe; `fewstep distill` takes it"),
+    "lab/teach_t2i.yaml": (TeachRecipe, "a teacher's recipe; `fewstep teach` takes it"),
+    "studies/guidance.yaml": (Study, "a study; `fewstep sweep` takes it"),
+    "prompts/portrait.yaml": (Spec, "a spec of prompts; `fewstep prompts write` takes it"),
+}
+
+
+@pytest.mark.parametrize("given", SHAPES)
+def test_a_file_of_another_shape_is_told_by_what_it_is(given: str):
+    path = ROOT / "recipes" / given
+    for schema, _ in SHAPES.values():
+        if schema is SHAPES[given][0]:
+            load_yaml(path, schema)
+            continue
+        with pytest.raises(RecipeError) as caught:
+            load_yaml(path, schema)
+        assert str(caught.value) == f"{path}: is {SHAPES[given][1]}"
 
 
 def test_several_mistakes_are_told_at_once(small: Path):
@@ -264,8 +294,14 @@ def test_several_mistakes_are_told_at_once(small: Path):
         ("name.x", "1", "name: is 'small' and has nothing called 'x'"),
         ("budget..updates", "1", "is no dotted path"),
         ("budget.updates", "[1", "'[1' is not a valid YAML value"),
-        ("budget.updates", "", "budget.updates: None should be a valid integer"),
-        ("student.grid", "{kind: explicit, t: [1, x]}", "student.grid.t[1]: 'x' should be a valid"),
+        ("budget.updates", "", "budget.updates: None is no whole number"),
+        ("budget.updates", "1e3", "budget.updates: '1e3' is no whole number; write 1000"),
+        ("budget", "300", "budget: 300 holds no `key: value` pairs; its keys: updates, batch, mic"),
+        ("objective", "dmd", "objective: 'dmd' holds no `key: value` pairs; such as {kind: dmd}"),
+        ("model.family", "qwen", "model.family: 'qwen' is none of the choices; use 'lab', 'folder"),
+        ("evaluation.seed", "-5", "evaluation.seed: -5 should be greater than or equal to 0"),
+        ("seed", "4294967296", "seed: 4294967296 should be less than 4294967296"),
+        ("student.grid", "{kind: explicit, t: [1, x]}", "student.grid.t[1]: 'x' is no number"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(small: Path, key: str, value: str, expected: str):

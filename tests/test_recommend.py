@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fewstep.errors import RunError
 from fewstep.recipe.facts import Machine, local_machine
-from fewstep.recipe.load import load_recipe
+from fewstep.recipe.load import dump_brief_yaml, load_recipe
 from fewstep.recipe.plan import make_plan
+from fewstep.recipe.schema import Recipe
 from fewstep.study_report.recommend import recommend
 from tests.studies import write_study
 
@@ -41,6 +43,20 @@ def test_separable_winners_are_put_together(tmp_path: Path) -> None:
     assert "chosen: stepwise, separably better than base_only" in text
     above = text.split("\n  mixture:")[0].splitlines()[-1]
     assert above.startswith("  # - chosen: r7to3"), "the evidence stands above its field"
+    assert "null" not in text and "{}" not in text, "nothing that says nothing"
+    assert text.count("# test-study: takeaway") == 3 and str(tmp_path) not in text
+
+
+def test_a_brief_recipe_keeps_the_nulls_that_switch_something_off() -> None:
+    """Where null is not the default it says something; what it stands for is read back."""
+    changes = {"ema": "null", "log.probe": "null", "optim.fake.clip": "null"}
+    recipe = load_recipe("recipes/lab/unified.yaml", changes)
+    brief = yaml.safe_load(dump_brief_yaml(recipe))
+    assert Recipe.model_validate(brief) == recipe
+    assert brief["ema"] is None and brief["log"]["probe"] is None
+    assert brief["optim"]["fake"]["clip"] is None and brief["optim"]["student"]["clip"] == 1.0
+    assert brief["student"]["grid"] == {"kind": "shift", "steps": 4, "shift": 3.0}
+    assert "cast" not in brief["model"] and "adaptive" not in brief["guidance"][0]
 
 
 def test_defaults_are_kept_and_said(tmp_path: Path) -> None:

@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from fewstep.errors import DataError, FewstepError
 from fewstep.evals import curves, findings, gallery
 from fewstep.evals.grid import grid
 from fewstep.evals.markup import Html, h
 from fewstep.evals.report import write_report
+from fewstep.evals.report_html import lede
 from fewstep.evals.rows import Row, RowWriter
+from fewstep.evals.terminal import summary
 
 MODELS = {"teacher-80nfe": (80, 0.4), "teacher-4nfe": (4, 0.02), "student-4nfe": (4, 0.021)}
 CATEGORIES = [("t2i", "landscape"), ("t2i", "text"), ("edit", "style")]
@@ -106,6 +109,14 @@ def make_run(folder: Path, *, cases: int = 6, size: int = 32, change=None) -> Pa
     return folder
 
 
+def all_editing(fields):
+    """Spread the editing rows over all six categories of the paper."""
+    if fields["task"] == "edit":
+        names = ("scene", "enhance", "object", "text_edit", "identity", "style")
+        fields["category"] = names[fields["seed"] % 6]
+    return fields
+
+
 class Page(HTMLParser):
     """Text by section and every start tag, as a browser's parser sees them."""
 
@@ -185,6 +196,29 @@ def test_numbers_of_all_three_forms_agree_with_hand_computation(tmp_path):
     told = paths.markdown.read_text()
     assert "| student-4nfe | 4 | 4.10 [" in told and "89.1% [" in told and "19.0×" in told
     assert "total 9 min 12 s" in told
+
+
+def test_the_terminal_shows_the_numbers_of_the_markdown_whole_in_80_columns(tmp_path):
+    run = findings.read_run(make_run(tmp_path, change=all_editing))
+    found = run.findings
+    assert found is not None
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary(run))
+    shown = out.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+    told = " ".join(shown.split())
+    for sentence in lede(found):
+        assert sentence in told
+    lines = shown.splitlines()
+    student = [i for i, line in enumerate(lines) if line.startswith(STUDENT)]
+    t2i, edit = (found.groups[STUDENT, (task, None)].mean for task in ("t2i", "edit"))
+    first, second = lines[student[0]], lines[student[0] + 1]
+    assert findings.show_interval(t2i) in first and findings.show_interval(edit) in first
+    ratio = found.versus[STUDENT, FULL, ("t2i", None)].ratio
+    assert second.split()[0] == f"{ratio.value:.1%}" and second.split()[-1] == "19.0×"
+    means = [found.groups[STUDENT, scope].mean for scope in found.scopes("edit")]
+    assert lines[student[-1]].split()[1:-1] == [f"{mean.value:.2f}" for mean in means if mean]
+    assert "Took 9 min 12 s: distill 9 min 00 s, evaluate 12 s." in told
 
 
 def test_models_stand_in_the_order_of_the_paper(tmp_path):
@@ -463,6 +497,14 @@ def test_curves_are_drawn_where_the_numbers_say():
         assert "nan" not in curves.draw(panel).lower()
 
 
+def test_nine_curves_of_a_panel_look_different():
+    metrics = {f"gap/{name}": [(1.0, 0.1), (2.0, 0.2)] for name in "abcdefghi"}
+    (panel,) = curves.panels(metrics)
+    lines = re.findall(r'<polyline[^>]*class="([^"]*)"', curves.draw(panel))
+    keys = re.findall(r'<i class="([^"]*)"', curves.draw(panel))
+    assert len(set(lines)) == 9 and lines == keys
+
+
 def test_long_curves_are_thinned_without_losing_their_mean():
     points = [(float(i), float(i % 2)) for i in range(10_000)]
     panel = curves.Panel("loss", {"fake": points})
@@ -511,6 +553,27 @@ def test_the_worst_student_cases_are_on_the_failure_page(tmp_path):
     text = read_page(make_run(tmp_path / "run", change=fail_one)).text("failures")
     first = text.index("prompt of ")
     assert text[first:].startswith("prompt of edit-style-0004") and "1.07" in text[first:]
+
+
+def test_source_four_models_and_target_stand_in_one_line(tmp_path):
+    """On a page of full width; the slider starts at the size that the style begins with."""
+    page = read_page(make_run(tmp_path))
+    (slider,) = [a for tag, a in page.tags if tag == "input" and a.get("id") == "size"]
+    style = (tmp_path / "report.html").read_text()
+    number = {
+        name: int(re.findall(pattern, style)[0])
+        for name, pattern in {
+            "page": r"main, \.top { max-width: (\d+)px",
+            "padding": r"main, \.top {.*padding: 0 (\d+)px",
+            "about": r"\.case {.*columns: (\d+)px 1fr",
+            "beside": r"\.case {.*gap: \d+px (\d+)px",
+            "between": r"\.cells { .*gap: (\d+)px;",
+            "picture": r"--size: (\d+)px;",
+        }.items()
+    }
+    room = number["page"] - 2 * number["padding"] - number["about"] - number["beside"]
+    assert 6 * number["picture"] + 5 * number["between"] <= room
+    assert int(slider["value"]) == number["picture"] >= 132
 
 
 def test_training_samples_show_first_and_last_step(tmp_path):

@@ -1,6 +1,8 @@
 """Whole commands as a user meets them: a mistake is one message, an exit code, nothing lost."""
 
 import contextlib
+import io
+import itertools
 import json
 import os
 import re
@@ -19,7 +21,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 
+from fewstep import session
 from fewstep.cli import app, guarded
 from fewstep.evals.rows import read_rows
 from fewstep.lab import grammar
@@ -351,6 +355,8 @@ def test_a_run_is_never_overwritten(world: World, stopped: Path, fewstep: Fewste
     assert told == f"{stopped} already holds a run; go on with --resume, or choose another --out"
     told = complaint(fewstep("distill", world.recipe, "--out", world.recipe), 5)
     assert "no run can be kept there (File exists)" in told
+    told = complaint(fewstep("distill", world.recipe, "--out", "/proc/none"), 5)
+    assert "/proc/none: no run can be kept there (No such file" in told
     mine = stopped.parent / "recipe.yaml"
     mine.write_text("precious: true")
     told = complaint(fewstep("distill", world.recipe, "--out", stopped.parent), 5)
@@ -545,7 +551,7 @@ def test_source_images_of_every_kind_are_taken_and_changes_are_told(
         ("cmyk.jpg", clear.convert("CMYK"), "CMYK and converted to RGB"),
         ("deep.png", Image.fromarray(grey), "16-bit grey and reduced to 8 bits"),
         ("tiny.png", Image.new("RGB", (3, 2), "red"), "3 x 2 pixels, enlarged to 32 x 32"),
-        ("large.png", Image.new("RGB", (300, 90), "red"), ""),
+        ("large.png", Image.new("RGB", (300, 90), "red"), "of which the centred 90 x 90 are taken"),
     ):
         image.save(tmp_path / name)
         arguments = ("--source", tmp_path / name, "--instruction", "make it a pencil sketch")
@@ -553,6 +559,15 @@ def test_source_images_of_every_kind_are_taken_and_changes_are_told(
         told = fewstep("sample", world.run, *arguments, "--seeds", "0-1", "--out", out)
         assert told.code == 0 and told_of in told.out, name
         assert f"2 images by student-4nfe: {out}" in told.out and out.is_file()
+
+
+def test_a_picture_that_cannot_be_placed_is_refused_before_anything_is_drawn(
+    world: World, tmp_path: Path, fewstep: Fewstep
+) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "folder" / "out.png"
+    told = complaint(fewstep("sample", world.run, "-p", "a person", "--out", out), 2)
+    assert told.startswith(f"--out: no folder {out.parent} can be made (Not a directory)")
 
 
 def test_source_images_that_cannot_be_read(world: World, tmp_path: Path, fewstep: Fewstep) -> None:
@@ -655,3 +670,41 @@ def test_sample_of_runs_and_weights_that_are_not_there(
     write_teacher(student, channels=4)
     told = complaint(fewstep("sample", finished, "-p", "face", "--out", out), 2)
     assert told.startswith("student: ") and "channels 4 instead of 16" in told
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+NOTE = "loss/fake 0.123 grad_norm/student 0.123 [b]grad_norm/fake[/b] 12.123 and more of the same"
+
+
+def shown_progress(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, done: int = 0) -> str:
+    """What 80 columns see of updates `done` to 300, ten seconds each."""
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal, color_system=None)
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(session, "console", console)
+    monkeypatch.setattr(session.time, "monotonic", lambda: float(now[0]))
+    now = [next(clock)]
+    with session.progress("distil", 300, done) as advance:
+        for step in (done + 1, done + 2, 300):
+            now[0] = next(clock)
+            advance(step, NOTE)
+    return out.getvalue()
+
+
+def test_a_long_note_leaves_count_and_time_left_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = shown_progress(monkeypatch, terminal=True).replace("\r", "\n").splitlines()
+    assert any("300/300" in line and "loss/fake" in line for line in lines)
+    assert all(len(re.sub(r"\x1b\[[0-9?]*[a-zA-Z]", "", line)) <= 80 for line in lines)
+
+
+def test_without_a_terminal_progress_is_a_whole_line_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = shown_progress(monkeypatch, terminal=False, done=100).splitlines()
+    assert lines == [
+        f"distil: 102/300, 0.10/s, 33 min 00 s left. {NOTE}",
+        f"distil: 300/300, 6.67/s. {NOTE}",
+    ]

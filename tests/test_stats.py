@@ -116,6 +116,19 @@ def test_a_single_case_has_a_mean_but_no_interval():
     assert not mean.excludes_zero
 
 
+def test_a_task_with_a_category_of_a_single_case_has_no_interval():
+    """Its other categories' spread would pass for that of the whole."""
+    rows = [*rows_of("a", [2.0, 3.0, 4.0]), *rows_of("a", [5.0], category="text")]
+    assert group(rows, "a", None).mean == Interval(4.0, None, None)
+    bounds(group(rows, "a", "portrait").mean)
+
+
+def test_an_interval_that_ends_at_zero_does_not_exclude_it():
+    said = [Interval(0.5, low, 1.0).excludes_zero for low in (-0.1, 0.0, 0.1)]
+    assert said == [False, False, True]
+    assert [Interval(-0.5, -1.0, high).excludes_zero for high in (0.0, -0.1)] == [False, True]
+
+
 def test_seeds_of_a_case_are_no_independent_cases():
     scores = normal_scores(12, mean=3, sd=0.6, seed=5)
     once = group(rows_of("a", scores), "a", "portrait").mean
@@ -325,6 +338,10 @@ def test_gap_closed_is_the_share_won_back():
     assert gap is not None and tuple(gap) == pytest.approx((0.75, 0.75, 0.75))
     none = stats.gap_closed(rows, student="student", cut="teacher", teacher="cut", task="t2i")
     assert none is None, "a teacher that is not above its cut self leaves no gap to close"
+    noise = np.random.default_rng(12).normal(0, 0.3, 25)
+    rows += rows_of("near", np.clip(cut + noise - noise.mean() + 0.01, 1, 5))
+    unclear = stats.gap_closed(rows, student="student", cut="cut", teacher="near", task="t2i")
+    assert unclear is None, "nor one that is above it by luck"
 
 
 def test_judges_are_never_mixed():

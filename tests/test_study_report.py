@@ -4,15 +4,16 @@ import csv
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.errors import RunError
+from fewstep.errors import DataError, RunError
 from fewstep.evals.stats import Interval
-from fewstep.study_report.curves import growth, onset
+from fewstep.study_report.curves import growth, mean_curve, mismatch_curve, onset, stability
 from fewstep.study_report.intervals import (
     Estimate,
     Scores,
@@ -23,10 +24,23 @@ from fewstep.study_report.intervals import (
 )
 from fewstep.study_report.read import DONE, Cell, Study, read_study
 from fewstep.study_report.strips import strips
-from fewstep.study_report.tables import against_base, ranks
-from fewstep.study_report.verdicts import MARGIN, Claim, Contrast, Takeaway, judge
+from fewstep.study_report.tables import (
+    against_base,
+    cost_table,
+    ranks,
+    score_tables,
+    stability_table,
+)
+from fewstep.study_report.verdicts import (
+    MARGIN,
+    Claim,
+    Contrast,
+    Takeaway,
+    fall_estimate,
+    judge,
+)
 from fewstep.study_report.write import write_study_report
-from tests.studies import write_study
+from tests.studies import REFERENCES, write_study
 
 # --- intervals ------------------------------------------------------------------------------------
 
@@ -212,6 +226,65 @@ def test_seed_spread_enters_by_its_share() -> None:
     assert (found.interval.high - found.interval.low) / 2 == pytest.approx(half, rel=0.05)
 
 
+def constant(means: Mapping[str, tuple[float, ...]], cases: int = 2) -> Scores:
+    """Every case of a training seed has the same score: all spread is that of the seeds."""
+    names = tuple(f"x{i}" for i in range(cases))
+    values: dict = {
+        (name, seed): dict.fromkeys(names, mean)
+        for name, own in means.items()
+        for seed, mean in enumerate(own)
+    }
+    return Scores("t2i", {"x": names}, values)
+
+
+def test_seeds_pool_by_their_number_and_an_unstable_variant_keeps_its_own() -> None:
+    scores = constant({"a": (3.0, 3.2), "b": (3.0, 3.0, 3.0, 3.0), "lone": (3.0,)})
+    found = wobble(scores, ["a", "b", "lone"], None)
+    assert found is not None and found.df == 1 + 3
+    assert found.variance == pytest.approx(0.02 / 4)  # 0.02 with one degree, 0 with three
+    assert found.of("a") == pytest.approx(0.02)
+    assert found.of("b") == found.of("lone") == found.variance
+
+
+def test_a_share_of_a_variant_brings_the_square_of_it_in_seed_spread() -> None:
+    moved = (-0.1, 0.0, 0.1)
+    scores = constant({"a": moved, "b": moved, "c": (3.0,)})
+    weights = {"a": 0.5, "b": 0.5}
+    found = contrast(scores, weights, None, wobble(scores, ["a", "b"], None))
+    assert found is not None and found.interval.low is not None and found.interval.high is not None
+    assert found.seed_variance == pytest.approx(2 * 0.25 * 0.01 / 3)
+    half = t_quantile(0.975, 4) * found.seed_variance**0.5
+    assert (found.interval.high - found.interval.low) / 2 == pytest.approx(half, rel=0.05)
+    few = contrast(scores, {"a": 1, "c": -1}, None, wobble(scores, ["a", "b"], None))
+    assert few is not None and few.seeds == 1, "the fewest of them"
+    assert few.seed_variance == pytest.approx(0.01 / 3 + 0.01), "it borrows the others' wobble"
+
+
+def test_what_prompts_explain_of_the_seeds_is_not_counted_twice() -> None:
+    """No seed effect: the interval is that of the prompts, though seed means differ."""
+    generator = np.random.default_rng(11)
+    wide = []
+    for _ in range(40):
+        means = dict.fromkeys("abcdefgh", 3.0)
+        scores = simulate(generator, means=means, seed=0.0, both=1.0, by_prompt=0.0, cases=8)
+        found = contrast(scores, DIFFERENCE, None, wobble(scores, list(means), None))
+        assert found is not None and found.interval.low is not None
+        half = found.interval.value - found.interval.low
+        wide.append(half / (1.96 * found.prompt_variance**0.5))
+    assert np.mean(wide) == pytest.approx(1.0, abs=0.2)  # 1.4 were it added once more
+
+
+def test_a_training_seed_without_a_whole_category_is_left_out() -> None:
+    scores = constant({"a": (3.0, 4.0)})
+    cases = scores.cases | {"y": ("y1", "y2")}
+    values = dict(scores.values)
+    values["a", 0] = {**values["a", 0], "y1": 3.0, "y2": 3.0}
+    both = Scores("t2i", cases, values)
+    assert both.seeds("a", None) == [0] and both.seeds("a", "x") == [0, 1]
+    found = contrast(both, {"a": 1}, None, None)
+    assert found is not None and found.interval.value == 3.0 and found.dropped == 0
+
+
 def test_needed_sample() -> None:
     """Half the distance takes four times as many seeds once prompts do not matter."""
     estimate = Estimate(Interval(0.1, -0.1, 0.3), 0.95, 100, 0, 3, 0.0, 0.01)
@@ -220,6 +293,13 @@ def test_needed_sample() -> None:
     assert estimate.needed(0.3).startswith("a few more training seeds")
     prompts = Estimate(Interval(0.1, -0.1, 0.3), 0.95, 100, 0, 3, 0.01, 0.0)
     assert prompts.needed(0.1) == "about 385 prompts"
+    # What the other source of error leaves of the allowed variance: (0.1 / 1.96)^2 = 0.002603.
+    both = Estimate(Interval(0.1, -0.1, 0.3), 0.95, 100, 0, 3, 0.002, 0.001)
+    assert both.needed(0.1) == "about 5 training seeds each"  # 3 x .001 / .000603
+    both = Estimate(Interval(0.1, -0.1, 0.3), 0.95, 100, 0, 3, 0.004, 0.001)
+    assert both.needed(0.1) == "about 250 prompts"  # 100 x .004 / .001603
+    both = Estimate(Interval(0.1, -0.1, 0.3), 0.95, 100, 0, 3, 0.004, 0.004)
+    assert both.needed(0.1) == "about 10 training seeds each and 308 prompts"  # x .008 / .002603
 
 
 # --- verdicts -------------------------------------------------------------------------------------
@@ -251,6 +331,19 @@ def at(low: float, high: float, **rule) -> Contrast:
 def test_rule(contrast_: Contrast, verdict: str) -> None:
     assert contrast_.verdict == verdict
     assert bool(contrast_.needs) == (verdict == "undecided")
+
+
+def test_what_is_needed_settles_the_nearer_to_the_farther_side() -> None:
+    """True at its value, it is settled as soon as the interval clears one of the two bounds."""
+    for low, high, rule, distance in (
+        (-0.1, 0.5, {}, 0.2),  # 0.2 above 0; 0.15 above MARGIN is on the wrong side of `below`
+        (-0.5, 0.1, {}, 0.25),  # 0.25 below MARGIN
+        (-0.6, 0.3, {"two_sided": True}, 0.15),
+        (-0.1, 0.2, {"above": -MARGIN, "below": -MARGIN}, 0.1),
+    ):
+        asked = at(low, high, **rule)
+        assert asked.verdict == "undecided" and asked.estimate is not None
+        assert asked.needs == asked.estimate.needed(distance), rule
 
 
 def test_claims_need_one_contrast_and_takeaways_all_claims() -> None:
@@ -368,6 +461,109 @@ def test_takeaway_3_compares_falls(tmp_path: Path) -> None:
     assert three.contrasts[0].estimate is not None and three.contrasts[0].estimate.seeds == 3
 
 
+def probed(variant: str, seed: int, *scores: float, **more: list[tuple[float, float]]) -> Cell:
+    curve = [(10.0 * (i + 1), score) for i, score in enumerate(scores)]
+    curves = {"probe/score/t2i": curve} | {k.replace("__", "/"): v for k, v in more.items()}
+    return Cell(variant, seed, Path(), DONE, "", "", 1.0, 1.0, curves, 1, 0, 0)
+
+
+def of_cells(*cells: Cell) -> Study:
+    names = {cell.variant: cell.variant for cell in cells}
+    return Study(Path(), Path(), "s", "", names, names, (), cells, {}, {}, (), "j", ())
+
+
+def test_falls_are_paired_by_training_seed() -> None:
+    """Seed 9 of a has no partner; a falls 0.4, 0.6, 0.8 further than b."""
+    study = of_cells(
+        probed("a", 0, 3.0, 2.5), probed("a", 1, 4.0, 3.0), probed("a", 2, 3.0, 1.9),
+        probed("a", 9, 5.0, 1.0),
+        probed("b", 2, 3.0, 2.7), probed("b", 1, 3.0, 2.6), probed("b", 0, 3.0, 2.9),
+    )  # fmt: skip
+    found = fall_estimate(study, {"a": 1, "b": -1}, "t2i")
+    assert found is not None and found.seeds == 3
+    assert found.interval.value == pytest.approx(0.6)
+    assert found.seed_variance == pytest.approx(0.04 / 3)
+    half = t_quantile(0.975, 2) * (0.04 / 3) ** 0.5
+    assert found.interval.low == pytest.approx(0.6 - half)
+
+
+def test_the_curves_of_a_training_in_numbers() -> None:
+    alarms = [(10.0, 0.0), (20.0, 1.0), (30.0, 0.0), (40.0, 1.0)]
+    cell = probed("a", 0, 3.0, 3.5, 3.5, 3.2, probe__collapsed=alarms)
+    found = stability(cell, "t2i")
+    assert found is not None
+    assert (found.peak, found.peak_step, found.final) == (3.5, 20, 3.2)
+    assert found.fall == pytest.approx(0.3) and (found.onset, found.collapsed) == (40, 20)
+    assert stability(cell, "edit") is None and stability(probed("a", 0, 3.0), "t2i") is None
+    study = of_cells(
+        probed("a", 0, 3.0, 3.5, 3.4, mismatch__x=[(1.0, 1.0), (2.0, 2.0)]),
+        probed("a", 1, 2.0, 2.5, mismatch__x=[(1.0, 3.0)], mismatch__y=[(1.0, 8.0)]),
+    )
+    assert mean_curve(study, "a", "probe/score/t2i") == [(10, 2.5), (20, 3.0)]
+    assert mismatch_curve(study, "a") == [(1, 4.0), (2, 2.0)]
+    table = stability_table(study)
+    assert table is not None
+    told = [[cell.text for cell in row] for row in table.rows]
+    assert told[0][2:5] == ["3.50", "3.40", "0.10"] and told[1][2:5] == ["2.50", "2.50", "0.00"]
+
+
+def test_all_pairs_of_a_table_are_held_at_once(tmp_path: Path) -> None:
+    """A pair that is separable alone, at 95%, is not among the ten pairs of five models."""
+    means = {"a": 3.02, "b": 3.0, "c": 2.0, "d": 2.0, "e": 2.0}
+    study = read_study(write_study(tmp_path / "s", means, roles={}, pictures=False))
+    for rival in np.arange(2.9, 3.02, 0.01):
+        moved = {
+            (name, seed): {c: s + rival - 3 if name == "b" else s for c, s in own.items()}
+            for (name, seed), own in study.scores["t2i"].values.items()
+        }
+        near = replace(study, scores={"t2i": replace(study.scores["t2i"], values=moved)})
+        alone = near.estimate({"a": 1, "b": -1}, "t2i")
+        held = near.estimate({"a": 1, "b": -1}, "t2i", level=1 - 0.05 / 10)
+        assert alone is not None and held is not None
+        if alone.interval.excludes_zero and not held.interval.excludes_zero:
+            break
+    else:
+        pytest.fail("no such pair among those tried")
+    assert ranks(near, list(means), "t2i")["a"].not_separable == ("b",)
+    assert ranks(near, ["a", "b"], "t2i")["a"] == (1, 1, ())
+
+
+def test_the_score_table_says_what_its_numbers_rest_on(tmp_path: Path) -> None:
+    def change(who: str, seed: int | None, fields: dict) -> dict | None:
+        return None if (who, fields["case"]) == ("e1", "t2i-text-0003") else fields
+
+    means = {"e1": 3.0, "e2": 3.0, "e3": 2.0} | dict.fromkeys(REFERENCES, 3.3)
+    made = write_study(tmp_path / "s", means, change=change, pictures=False, cases=6)
+    study = read_study(made)
+    assert study.base_teacher == "teacher-80nfe"
+    assert study.specialised_teacher("t2i") == "teacher-t2i-80nfe"
+    assert study.specialised_teacher("edit") is None
+    (table, *_) = score_tables(study)
+    rows = {row[0].text: row[1:] for row in table.rows}
+    average, rank = table.head.index("Average") - 1, table.head.index("Rank") - 1
+    assert [name for name, row in rows.items() if row[average].best] == [
+        "teacher-80nfe", "teacher-t2i-80nfe", "teacher-4nfe",
+    ]  # fmt: skip
+    assert not any(cell.best for row in rows.values() for cell in row[:average])
+    assert rows["the e1"][average].small.endswith("17 of 18")
+    assert rows["the e3"][rank].text == "6" and rows["the e1"][rank].text == "4–5"
+    paper = {name: row[-1].text for name, row in rows.items()}
+    assert paper["teacher-80nfe"] == "3.41/4.09" and paper["teacher-t2i-80nfe"] == "3.74/4.26"
+    assert paper["teacher-4nfe"] == "–" and paper["the e2"] == "3.42/4.15"
+
+
+def test_cost_counts_what_is_done_and_all_that_was_spent() -> None:
+    table = cost_table(
+        of_cells(
+            replace(probed("a", 0, 3.0), seconds=100.0),
+            replace(probed("a", 1, 3.0), status="failed", seconds=20.0),
+            replace(probed("b", 0, 3.0), status="queued", seconds=None),
+        )
+    )
+    assert table.caption == "1 of 3 cells finished; 2 min 00 s spent in all."
+    assert [row[3].text for row in table.rows][1:] == ["–", "–"]
+
+
 def test_ranks_mark_what_is_not_separable(tmp_path: Path) -> None:
     means = {"a": 3.5, "b": 3.5, "c": 2.0}
     study = read_study(write_study(tmp_path / "s", means, roles={}, pictures=False))
@@ -385,6 +581,19 @@ def test_why_no_student_beats_the_base_teacher(tmp_path: Path) -> None:
     told = " ".join(found[1])
     assert "No multi-teacher student is separably above" in told
     assert "hardly anything is there to inherit" in told and "landscape −0." in told
+    assert "of this headroom" not in told
+    room = {**means, "stepwise": 3.5, "teacher-t2i-80nfe": 3.9}
+    study = read_study(write_study(tmp_path / "room", room, pictures=False, noise=0.5))
+    found = against_base(study, "t2i")
+    assert found is not None
+    told = " ".join(found[1])
+    best = study.estimate({"stepwise": 1, "teacher-80nfe": -1}, "t2i")
+    head = study.estimate({"teacher-t2i-80nfe": 1, "teacher-80nfe": -1}, "t2i")
+    assert best is not None and head is not None
+    lost = head.interval.value - best.interval.value
+    assert best.interval.value > 0 and not best.interval.excludes_zero, "above it, by luck"
+    assert "is separably above" in told and "To separate that would take" in told
+    assert f"of this headroom {lost:.2f} is lost" in told and lost > 0.2
     better = {**means, "stepwise": 3.8}
     study = read_study(write_study(tmp_path / "yes", better, pictures=False))
     found = against_base(study, "t2i")
@@ -529,6 +738,16 @@ def test_a_case_counts_with_all_its_image_seeds_or_not_at_all(tmp_path: Path) ->
     found = study.estimate({"e1": 1, "e2": -1}, "t2i")
     assert found is not None and (found.cases, found.dropped) == (11, 1)
     assert any("e2@0: 1 of 21 images have no row" in note for note in study.notes)
+
+
+def test_two_students_in_a_cell_are_refused(tmp_path: Path) -> None:
+    made = write_study(tmp_path / "s", {"e1": 3.0, "e2": 3.0}, cases=2, pictures=False)
+    path = made / "cells/e1/seed0/eval/rows.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    with path.open("a") as file:
+        file.write(json.dumps({**first, "model": "student-2nfe"}) + "\n")
+    with pytest.raises(DataError, match="rows of two students, student-2nfe and student-4nfe"):
+        read_study(made)
 
 
 def test_strips_put_each_picture_in_its_place(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """Studies: what is refused, what is never mixed, what survives a kill, and what it will cost."""
 
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,18 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fewstep.errors import RecipeError, RunError
+from fewstep.errors import CellsFailed, RecipeError, RunError
 from fewstep.evals.rows import read_rows
-from fewstep.recipe.load import load_layered
+from fewstep.recipe.facts import local_machine
+from fewstep.recipe.load import load_layered, load_recipe
+from fewstep.recipe.plan import make_plan
 from fewstep.recipe.schema import Task
 from fewstep.sweep import layout
-from fewstep.sweep.devices import CPU, Slot, make_slots, visible_gpus
+from fewstep.sweep.command import check_folder, known_measurement, pick
+from fewstep.sweep.command import sweep as run_sweep
+from fewstep.sweep.devices import CPU, Slot, cores_here, last_words, make_slots, visible_gpus
 from fewstep.sweep.emit import Target, check_target, emit
-from fewstep.sweep.engine import MAX_ATTEMPTS, check_identities
+from fewstep.sweep.engine import MAX_ATTEMPTS, Work, check_identities, run_queue
 from fewstep.sweep.layout import (
     CellState,
     cell_folder,
@@ -33,8 +41,16 @@ from fewstep.sweep.layout import (
     write_state,
     write_study,
 )
-from fewstep.sweep.predict import Costs, Measurement, nominal, predict, predict_all, wall_clock
-from fewstep.sweep.progress import Display, last_update
+from fewstep.sweep.predict import (
+    Costs,
+    Measurement,
+    measure,
+    nominal,
+    predict,
+    predict_all,
+    wall_clock,
+)
+from fewstep.sweep.progress import Display, duration, last_update
 from fewstep.sweep.study import Cell, load_study, make_cells, make_reference
 from tests.test_run import same_student, steps_logged, write_recipe, write_teacher
 
@@ -115,6 +131,7 @@ def test_a_cell_is_the_base_with_the_layers_over_it(write: Write):
     reference = make_reference(study, cells)
     assert reference is not None and reference.recipe.evaluation.models == ("teacher",)
     assert reference.recipe.evaluation.seed == 50
+    assert reference.recipe.log.save_every == 2, "what is set for all cells is set for it"
 
 
 GUIDED = {"weights": [{"base": 1.0}] * 4}
@@ -157,6 +174,7 @@ POOLS = {"scene": {"task": "edit", "category": "scene", "size": 4}}
         ({"budget.batch": 4}, "makes 6 updates of 24 samples"),
         ({"budget": {"updates": 3, "batch": 4}}, "makes 3 updates of 12 samples"),
         ({"evaluation.seed": 50}, "is the same recipe as slow"),
+        ({"evaluation.seeds_per_case": 2}, "is judged on other cases than slow"),
         ({"log.probe": {"per_category": 3}}, "is measured otherwise during training than slow"),
         ({"data.pools": POOLS}, "has other categories than slow"),
         ({"name": "else"}, "is the same recipe as slow"),
@@ -186,6 +204,11 @@ def test_equal_compute_lets_updates_differ_and_operations_not(write: Write):
     assert flops[1] / flops[0] == pytest.approx(1, abs=0.03)
     with pytest.raises(RecipeError, match=r"spends 1\.13 times .* use budget\.updates: 53"):
         cells_of(write(budget=budget, variants=variants(60)))
+    with pytest.raises(RecipeError, match=r"spends 0\.85 times .* use budget\.updates: 53"):
+        cells_of(write(budget=budget, variants=variants(45)))
+    larger = {"slow": {"title": "a"}, "odd": {"title": "b", "set": {"budget.batch": 4}}}
+    with pytest.raises(RecipeError, match=r"odd: has batches of 4, the study of 2"):
+        cells_of(write(budget=budget, variants=larger))
     with pytest.raises(RecipeError, match="makes 53 updates"):
         cells_of(write(budget=budget | {"equal": "updates"}, variants=variants(53)))
 
@@ -217,6 +240,20 @@ def test_the_shipped_studies_ask_what_the_papers_tables_ask():
     assert guidance["adaptive"].condition("edit", "style").adaptive is not None
 
 
+def test_the_reference_is_judged_on_the_cases_of_the_cells_or_refused(write: Write):
+    more = {"data.pools": POOLS}
+    study = load_study(
+        write(
+            variants={
+                "a": {"title": "a", "set": more},
+                "b": {"title": "b", "set": more | {"objective.fake_updates": 3}},
+            }
+        )
+    )
+    with pytest.raises(RecipeError, match="base: has other categories than the variants"):
+        make_reference(study, make_cells(study))
+
+
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_study_judges_all_categories_on_the_same_cases(path: Path):
     study = load_study(path)
@@ -237,7 +274,7 @@ def test_the_code_hash_knows_code_and_weights_but_not_the_rooms_beside(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     package = tmp_path / "package"
-    beside = ("sweep/queue.py", "study_report/tables.py")
+    beside = ("sweep/queue.py", "study_report/tables.py", "prompts/cli.py", "export/card.py")
     for name in ("train/step.py", *beside):
         (package / name).parent.mkdir(parents=True)
         (package / name).write_text("a = 1\n")
@@ -252,6 +289,43 @@ def test_the_code_hash_knows_code_and_weights_but_not_the_rooms_beside(
     assert second != first
     write_teacher(tmp_path / "base.safetensors", seed=1)
     assert code_hash(recipe) not in (first, second)
+
+
+def test_the_code_hash_knows_torch_and_the_weights_that_no_recipe_names(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = cells_of(write())[0].recipe
+    for name in layout.LAB_INSTRUMENTS:
+        (tmp_path / f"{name}.safetensors").write_text("a")
+    monkeypatch.setattr(layout, "BUNDLED_WEIGHTS", tmp_path)
+    found = [code_hash(recipe)]
+    for name in layout.LAB_INSTRUMENTS:
+        (tmp_path / f"{name}.safetensors").write_text("bb")
+        found.append(code_hash(recipe))
+    monkeypatch.setattr(layout, "version", lambda package: f"another {package}")
+    assert len({*found, code_hash(recipe)}) == 4
+
+
+def test_what_is_measured_during_training_is_a_part_of_the_identity(write: Write):
+    probed = {"every": 2, "per_category": 1, "seeds": 2}
+    one, two = (identity_of(cells_of(write(probe=probe))[0]) for probe in ({}, probed))
+    assert one.code_hash == two.code_hash and one.evaluation_hash != two.evaluation_hash
+
+
+def test_how_many_images_are_drawn_at_once_is_no_part_of_the_identity(write: Write):
+    cell = cells_of(write())[0]
+    drawn = cell.recipe.evaluation.model_copy(update={"batch": 3})
+    other = replace(cell, recipe=cell.recipe.model_copy(update={"evaluation": drawn}))
+    assert identity_of(other) == identity_of(cell)
+
+
+def test_a_reader_never_sees_half_of_a_state(tmp_path: Path):
+    path = tmp_path / "cell.json"
+    layout.write_atomically(path, "the state before")
+    with path.open() as reader:
+        layout.write_atomically(path, "after")
+        assert reader.read() == "the state before"
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
 
 def finished(cell: Cell, **changes: Any) -> CellState:
@@ -292,6 +366,23 @@ def test_an_unfinished_cell_is_stale_from_its_first_checkpoint_on(write: Write, 
     (folder / "checkpoints" / "previous.pt").touch()
     with pytest.raises(RunError, match="slow/seed0"):
         check_identities(tmp_path / "out", cells, redo=False)
+
+
+def test_redo_runs_cells_again_that_were_given_up_and_leaves_those_at_work(
+    write: Write, tmp_path: Path
+):
+    cells, out = cells_of(write()), tmp_path / "out"
+    folders = [cell_folder(out, cell) for cell in cells]
+    for cell, folder, attempts in zip(cells, folders, (MAX_ATTEMPTS, MAX_ATTEMPTS - 1)):
+        write_state(folder, finished(cell, status="failed", attempts=attempts))
+    check_identities(out, cells, redo=False)
+    claim = lock(folders[0])
+    assert claim is not None
+    with claim, pytest.raises(RunError, match="another sweep is at work on slow/seed0"):
+        check_identities(out, cells, redo=True)
+    assert read_state(folders[0]) is not None
+    check_identities(out, cells, redo=True)
+    assert not folders[0].exists() and read_state(folders[1]) is not None
 
 
 def test_a_claim_lives_as_long_as_the_run_that_inherited_it(tmp_path: Path):
@@ -341,6 +432,10 @@ def test_a_cells_seconds_are_the_sum_of_its_parts(write: Write):
     changes = {"probe": probe, "set": {"data.mixture.edit": 0}}
     expected = parts - 4 * 0.5 + 15 * 4.0 + 3 * 15 * 0.25
     assert beside_training(**changes) == pytest.approx(expected)
+    # Of several kinds of objective that were measured, the cell's own counts.
+    cell, other = cells_of(write())[0], COSTS.model_copy(update={"start": 99.0})
+    both = measured().model_copy(update={"costs": {"tdm": other, "dmd": COSTS}})
+    assert predict(cell, both) == predict(cell, measured())
 
 
 def test_the_reference_models_cost_by_their_evaluations(write: Write):
@@ -350,6 +445,10 @@ def test_the_reference_models_cost_by_their_evaluations(write: Write):
     assert reference is not None
     nfe = 2 * 6 + 2 * 3 + 4 * 4
     assert predict(reference, measured()) == pytest.approx(3.0 + 2 * 4 * 0.25 + nfe * 0.125)
+    # Unmeasured, by the plan alone: it trains nothing.
+    assert nominal(reference) == reference.plan.cost.evaluation_seconds > 0
+    cell = make_cells(study)[0]
+    assert nominal(cell) == cell.plan.cost.seconds + cell.plan.cost.evaluation_seconds
 
 
 def test_finished_cells_correct_the_prediction(write: Write, tmp_path: Path):
@@ -396,9 +495,22 @@ def test_time_left_follows_the_pace_of_the_cells_so_far(write: Write):
         assert display.seconds_left({"fast/seed0": 5.0}) == 40
         display.ended(cells[1], finished(cells[1], seconds=99.0, starts=2))
         assert display.seconds_left() == 30, "an interrupted cell's time teaches nothing"
+        assert display.seconds_left({"slow/seed1": 99.0}) == 15, "late, and not less than nothing"
+        display.ended(cells[2], finished(cells[2], status="failed", error="why"))
+        assert display.seconds_left() == 15
+        display.found(cells[3])
+        assert display.seconds_left() == 0
 
 
 PREDICTED = {f"{variant}/seed{seed}": 10.0 for variant in ("slow", "fast") for seed in (0, 1)}
+
+
+def test_durations_are_readable():
+    said = [duration(seconds) for seconds in (0.4, 59.6, 61, 3599, 3600, 7384, 100 * 3600)]
+    assert said == [
+        "0 s", "1 min 00 s", "1 min 01 s", "59 min 59 s",
+        "1 h 00 min", "2 h 03 min", "100 h 00 min",
+    ]  # fmt: skip
 
 
 def test_the_last_update_is_read_off_a_file_that_is_being_written(tmp_path: Path):
@@ -420,6 +532,23 @@ def test_jobs_share_the_devices_and_the_cores():
         make_slots(3, [], 2)
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, GPU-ab"}) == ["3", "GPU-ab"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+
+
+def test_omp_num_threads_asks_for_fewer_cores_and_never_for_more(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for asked, cores in (("3", 3), ("12", 8), ("0", 8), ("many", 8), ("", 8)):
+        assert cores_here({"OMP_NUM_THREADS": asked}) == cores
+    assert cores_here({}) == 8
+
+
+def test_the_last_words_are_those_of_the_last_start(tmp_path: Path):
+    log = tmp_path / "sweep.log"
+    log.write_text("before\n")
+    assert last_words(log, since=7) == "it printed nothing"
+    with log.open("a") as file:
+        file.write("one\n\n two \nthree\nfour\n")
+    assert last_words(log, since=7) == "two | three | four"
+    assert last_words(log, since=7, lines=9) == "one | two | three | four"
 
 
 def test_a_slot_gives_its_run_a_device_and_threads():
@@ -471,6 +600,12 @@ def test_emitted_scripts_run_one_cell_a_line_or_a_task(tmp_path: Path):
     assert run("shell", "false").returncode == 1, "a failed cell is told, after all have run"
     text = script("slurm", "echo", tmp_path).read_text()
     assert "#SBATCH --array=0-1\n" in text and "#SBATCH --time=24\n" in text
+    assert "#SBATCH --gpus-per-task=1\n" in text
+    short = emit(
+        "slurm", name="s", python="p", arguments=[], cells=["a"],
+        longest=1.0, gpu=False, cwd="/", logs="logs",
+    )  # fmt: skip
+    assert "#SBATCH --time=10\n" in short and "gpu" not in short
     with pytest.raises(RecipeError, match="use slurm, torchrun or shell"):
         check_target("pbs")
 
@@ -480,6 +615,7 @@ def test_an_emitted_array_runs_in_the_folder_that_was_prepared_for_it(write: Wri
     emitted = sweep(study, out, "--emit", "slurm", "--set", "seeds=[3]")
     assert emitted.returncode == 0, emitted.stderr
     assert "#SBATCH --array=0-2\n" in emitted.stdout and (out / "logs").is_dir()
+    assert "--set 'seeds=[3]' --cell" in emitted.stdout
     assert [cell.seed for cell in open_study(out).cells] == [3, 3]
     last = emitted.stdout.splitlines()[-1].removeprefix("exec ")
     task = last.replace('"$SLURM_ARRAY_TASK_ID"', "9")
@@ -488,6 +624,244 @@ def test_an_emitted_array_runs_in_the_folder_that_was_prepared_for_it(write: Wri
         2,
         "error: --cell: there is no cell 9; use 0 to 2\n",
     ), "the folder and the arguments are accepted; the index is not"
+
+
+# --- the queue, with an interpreter that stands in for `fewstep distill` --------------------------
+
+
+@pytest.fixture
+def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets every run be a line of shell: $3 is its command, $4 the recipe, $6 its folder."""
+
+    def behave(line: str) -> None:
+        script = tmp_path / "python"
+        script.write_text(f"#!/bin/sh\n{line}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    return behave
+
+
+def queue(cells: Sequence[Work], out: Path) -> list[str]:
+    with open(os.devnull, "w") as nowhere:
+        names = [cell.name for cell in cells]
+        display = Display(cells, dict.fromkeys(names, 1.0), 1, Console(file=nowhere))
+        return run_queue(cells, out, [Slot(0, CPU, 2)], dict(os.environ), display)
+
+
+def test_a_failure_is_counted_with_its_own_words_and_the_time_of_all_starts(
+    write: Write, tmp_path: Path, interpreter: Callable[[str], None]
+):
+    interpreter('echo "$3 on $OMP_NUM_THREADS $7"; exit 3')
+    cells, out = cells_of(write()), tmp_path / "out"
+    folder = cell_folder(out, cells[0])
+    before = finished(cells[0], status="failed", attempts=1, seconds=100.0, threads=3)
+    write_state(folder, before)
+    (folder / "sweep.log").write_text("words of the start before\n")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.pt").touch()
+    assert queue(cells, out) == [
+        "slow/seed0: exit code 3: distill on 3 --resume",
+        "fast/seed0: exit code 3: distill on 2",
+    ]
+    state = read_state(folder)
+    assert state is not None and state.seconds > 100
+    assert (state.status, state.attempts, state.starts) == ("failed", 2, 2)
+    assert state.identity == identity_of(cells[0]), "it can be gone on with"
+
+
+def test_a_cell_during_which_the_weights_changed_is_no_result(
+    write: Write, tmp_path: Path, interpreter: Callable[[str], None]
+):
+    interpreter(f"echo more >> {tmp_path / 'base.safetensors'}")
+    cells, out = cells_of(write()), tmp_path / "out"
+    with pytest.raises(RunError, match=r"other code or weights since .* fast/seed0 would not be"):
+        queue(cells, out)
+    state = read_state(cell_folder(out, cells[0]))
+    assert state is not None and state.status == "failed" and "changed while" in state.error
+    assert read_state(cell_folder(out, cells[1])) is None
+
+
+def test_a_stopped_cell_keeps_its_time_and_waits_for_the_next_sweep(
+    write: Write, tmp_path: Path, interpreter: Callable[[str], None]
+):
+    interpreter("exec sleep 60")
+    cells, out = cells_of(write()), tmp_path / "out"
+    folder = cell_folder(out, cells[0])
+    write_state(folder, finished(cells[0], status="queued", seconds=50.0))
+    stop = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.start()
+    with pytest.raises(KeyboardInterrupt):
+        queue(cells, out)
+    state = read_state(folder)
+    assert state is not None and (state.status, state.attempts) == ("queued", 0)
+    assert 50.3 < state.seconds < 60
+
+
+def test_the_reference_is_an_evaluation_of_a_folder_with_recipe_and_plan(
+    write: Write, tmp_path: Path, interpreter: Callable[[str], None]
+):
+    interpreter('test "$3" = eval && test -f "$4/recipe.yaml" && test -f "$4/plan.json"')
+    study = load_study(write())
+    reference = make_reference(study, make_cells(study))
+    assert reference is not None and queue([reference], tmp_path) == []
+    state = read_state(tmp_path / "reference")
+    assert state is not None and state.status == "done" and state.finished
+
+
+def prepared(folder: Path) -> Path:
+    """What a run leaves that took known seconds; `interpreter` copies it."""
+    rows = [
+        {"model": model, "nfe": nfe, "seconds": seconds}
+        for model, nfe, seconds in (("teacher-6nfe", 6, 1.5), ("student-4nfe", 4, 0.1))
+        for _ in range(2)
+    ]
+    summary = {
+        "seconds": {"prepare data and teachers": 10.0, "distil": 60.0, "evaluate": 20.0},
+        "pools": {"portrait": 2.0, "style": 4.0},
+    }
+    seconds = (9.0, 2.0, 2.0, 4.0, 2.0, 2.0)
+    (folder / "eval").mkdir(parents=True)
+    (folder / "eval" / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps({'step': i, 'seconds': s})}\n" for i, s in enumerate(seconds, 1))
+    )
+    return folder
+
+
+def test_costs_are_read_off_a_short_run_of_the_dearest_cell(
+    write: Write, tmp_path: Path, interpreter: Callable[[str], None]
+):
+    made, asked = prepared(tmp_path / "made"), tmp_path / "asked.yaml"
+    interpreter(f'cp "$4" {asked}; cp -r {made}/. "$6"')
+    changes = {"log.save_every": 2, "data.pools.portrait.size": 500, "data.pools.style.size": 40}
+    probe = {"every": 4, "per_category": 3, "seeds": 5}
+    budget = {"updates": 50, "batch": 2}
+    cells = cells_of(write(set=changes, probe=probe, budget=budget))
+    found = measure(cells, Slot(0, CPU, 2), dict(os.environ))
+    assert (found.device, found.threads) == (CPU, 2)
+    assert found.code == code_hash(cells[0].recipe) and list(found.costs) == ["dmd"]
+    short = load_recipe(asked)
+    assert short.objective.model_dump()["fake_updates"] == 3, "the dearest"
+    assert (short.budget.updates, short.evaluation.models) == (6, ("student", "teacher"))
+    assert {name: pool.size for name, pool in short.data.pools.items()} == {
+        "portrait": 96,
+        "style": 40,
+    }
+    flop = make_plan(short, local_machine()).cost.flop
+    costs = found.costs["dmd"]
+    assert costs.prompt == {"t2i": 2.0 / 96, "edit": 4.0 / 40}
+    assert costs.operation == pytest.approx(2.0 * 6 / flop), "the median without the first update"
+    assert costs.load == 10 - 6
+    assert costs.image == pytest.approx((20 - 3) / 4)
+    assert costs.evaluation == pytest.approx(3 / 12)
+    # One probe of 1 case and 2 seeds of 2 tasks; 60 - 21 s of training went into no update.
+    assert costs.once == pytest.approx((39 - 4 * costs.image) / 4)
+    assert -90 <= costs.start < -30, "what is not in a phase; here the phases are invented"
+    interpreter("echo boom; exit 1")
+    with pytest.raises(RunError, match="measuring fast/seed0: its first updates failed; boom"):
+        measure(cells, Slot(0, CPU, 2), dict(os.environ))
+
+
+def test_a_sweep_measures_once_and_runs_what_is_not_done(
+    write: Write, tmp_path: Path, interpreter: Callable[[str], None]
+):
+    made, calls, out = prepared(tmp_path / "made"), tmp_path / "calls", tmp_path / "out"
+    note = f'echo "$3 $6" >> {calls}; test "$3" = eval || cp -r {made}/. "$6"'
+    interpreter(f'{note}; case "$6" in *fast*) exit 1;; esac')
+
+    def again(**options: Any) -> list[str]:
+        calls.write_text("")
+        with suppress(CellsFailed):
+            run_sweep(write(), out=out, overrides={}, environment=dict(os.environ), **options)
+        return [Path(line.split()[-1]).parent.name for line in calls.read_text().splitlines()]
+
+    with pytest.raises(CellsFailed, match="1 of 3 cells failed"):
+        run_sweep(write(), out=out, overrides={}, environment=dict(os.environ))
+    assert len(calls.read_text().splitlines()) == 1 + 3, "a measurement, two cells, the reference"
+    assert (out / "costs.json").exists()
+    assert again() == ["fast"], "what was measured is known, what is done is done"
+    interpreter(note)
+    assert again() == ["fast"] and again() == []
+
+
+def test_a_measurement_holds_for_its_machine_and_code_alone(write: Write, tmp_path: Path):
+    cells, slot = cells_of(write()), Slot(0, CPU, 2)
+    assert known_measurement(tmp_path, cells, slot) is None
+    here = measured().model_copy(update={"code": code_hash(cells[0].recipe)})
+    (tmp_path / "costs.json").write_text(here.model_dump_json())
+    assert known_measurement(tmp_path, cells, slot) == here
+    assert known_measurement(tmp_path, cells, Slot(0, CPU, 1)) is None
+    assert known_measurement(tmp_path, cells, Slot(0, "0", 2)) is None
+    (tmp_path / "costs.json").write_text(measured().model_dump_json())
+    assert known_measurement(tmp_path, cells, slot) is None
+    (tmp_path / "costs.json").write_text("{")
+    assert known_measurement(tmp_path, cells, slot) is None
+
+
+def test_a_folder_of_something_else_is_refused(write: Write, tmp_path: Path):
+    study, out = load_study(write()), tmp_path / "out"
+    check_folder(out, study)
+    out.mkdir()
+    check_folder(out, study)
+    (out / "notes.txt").touch()
+    with pytest.raises(RunError, match="holds other files and no study"):
+        check_folder(out, study)
+    (out / "study.json").write_text('{"study": "small"}')
+    check_folder(out, study)
+    for text, problem in (
+        ('{"study": "large"}', "holds the study 'large', not 'small'"),
+        ("{", ""),
+    ):
+        (out / "study.json").write_text(text)
+        with pytest.raises(RunError, match=problem or "damaged"):
+            check_folder(out, study)
+    with pytest.raises(RunError, match="is a file"):
+        check_folder(out / "notes.txt", study)
+
+
+def test_one_cell_is_picked_by_its_index_and_only_it_is_redone(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, out = write(), tmp_path / "out"
+    cells = cells_of(path)
+    folders = [cell_folder(out, cell) for cell in cells]
+    write_study(out, load_study(path), cells, {cell.name: 1.0 for cell in cells})
+    for cell, folder in zip(cells, folders):
+        write_state(folder, finished(cell, code_hash="old"))
+
+    def prepare(**options: Any) -> str:
+        capsys.readouterr()
+        run_sweep(path, out=out, overrides={}, environment={}, measure_first=False, **options)
+        return capsys.readouterr().out
+
+    with pytest.raises(RunError, match="2 of 3 cells were made differently"):
+        prepare(only=0, target="shell")
+    prepare(only=0, redo=True, target="shell")
+    assert not folders[0].exists() and folders[1].exists()
+    write_state(folders[1], finished(cells[1]))
+    told = prepare(dry_run=True)
+    assert "2 cells to run" in told and "1 are done." in told
+    assert pick(cells, 1) is cells[1]
+    with pytest.raises(RecipeError, match="there is no cell 2; use 0 to 1"):
+        pick(cells, 2)
+
+
+def test_a_job_asks_for_twice_the_time_of_the_longest_cell(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, out = write(), tmp_path / "out"
+    cell = cells_of(path)[0]
+    cores = cores_here({})
+    slow = COSTS.model_copy(update={"load": 6000.0})
+    known = Measurement(device=CPU, threads=cores, code=code_hash(cell.recipe), costs={"dmd": slow})
+    write_study(out, load_study(path), cells_of(path), {c.name: 1.0 for c in cells_of(path)})
+    (out / "costs.json").write_text(known.model_dump_json())
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    run_sweep(path, out=out, overrides={}, environment=environment, target="slurm")
+    minutes = int(capsys.readouterr().out.split("--time=")[1].split()[0])
+    assert minutes == -(-int(2 * max(predict(c, known) for c in cells_of(path))) // 60) > 200
 
 
 # --- whole sweeps ---------------------------------------------------------------------------------

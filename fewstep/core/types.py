@@ -1,7 +1,7 @@
 """What algorithms know of models and data: a denoiser, a condition, a batch."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +54,21 @@ class GuidedDenoiser(Protocol):
         ...
 
 
+Rows = TypeVar("Rows", Tensor, tuple[str, ...], list[int])
+
+
+class Share(NamedTuple):
+    """Part `part` of `of` equal parts of a micro-batch: what one of several devices has of it."""
+
+    part: int = 0
+    of: int = 1
+
+    def take(self, rows: Rows) -> Rows:
+        """Its own of all devices' rows."""
+        own = len(rows) // self.of
+        return rows[self.part * own : (self.part + 1) * own]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: a single task, a category for each sample, and their conditions."""
@@ -62,6 +77,8 @@ class Batch:
     categories: tuple[str, ...]
     cond: Condition
     shape: tuple[int, ...]  # of one sample's state, without the batch axis
+    share: Share = field(default=Share(), kw_only=True)
+    """What this is of the micro-batch of all devices; noise is drawn for all of it."""
 
     def __len__(self) -> int:
         return len(self.categories)

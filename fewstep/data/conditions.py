@@ -1,8 +1,9 @@
 """Conditions of a family of real models, encoded once and kept: prompts, instructions, sources.
 
 A condition is stored in parts that are shared where they are equal: the text of a prompt, the
-negative branch, the latents of the sources. The key of a part is a hash of all that it depends on,
-so it is either right or not found. The files are the business of `tensorstore.py`.
+negative branch, the latents of the sources; beside it lie the latents of a real image, where an
+objective learns from one. The key of a part is a hash of all that it depends on, so it is either
+right or not found. The files are the business of `tensorstore.py`.
 """
 
 import gc
@@ -14,24 +15,31 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from fewstep.data.memo import Memo
+from fewstep.data.targets import target_pixels
 from fewstep.data.tensorstore import SHARD_BYTES, Entry, Stored, TensorStore
 from fewstep.errors import DataError
 from fewstep.models.families.contract import FamilyCondition, Images, Size, Text, stack
 from fewstep.models.families.encoders import (
+    TOKENS_PER_SOURCE,
     PartSizes,
     code_identity,
-    read_kind,
     weights_identity,
 )
+from fewstep.models.families.open import read_kind
 
 ENCODING_VERSION = 1
 """Of the code in this module; raise it when the parts of a condition change."""
 
 SHOWN = 80
 """Letters of a prompt in messages and in lists of unused entries."""
+
+LATENT_SIDE = {"StableDiffusion3Pipeline": 8, "ZImagePipeline": 8, "SanaPipeline": 32}
+"""Pixels along a side of one latent, in families whose latents are not patched to tokens of 16."""
 
 Progress = Callable[[int, int], None]
 """Called with (prompts done, in all)."""
@@ -66,6 +74,11 @@ class Sample(Protocol):
     @property
     def sources(self) -> Sequence[Source]: ...
 
+    @property
+    def target(self) -> Source | None:
+        """The real image, where it is wanted."""
+        ...
+
 
 @runtime_checkable
 class Encoder(Protocol):
@@ -77,6 +90,8 @@ class Encoder(Protocol):
     def encode(
         self, prompts: Sequence[str], images: Images = (), *, size: Size, negative: str | None = " "
     ) -> FamilyCondition: ...
+
+    def encode_image(self, pixels: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -193,7 +208,15 @@ class ConditionStore:
                 added[parts.negative] = sizes.text(self.encoding.negative or "", n)
             if parts.source is not None:
                 added[parts.source] = n * sizes.source
+            if parts.target is not None:
+                added[parts.target] = self._target_bytes(sizes)
         return {key: nbytes for key, nbytes in added.items() if key not in self.tensors}
+
+    def _target_bytes(self, sizes: PartSizes) -> int:
+        """A source has a megapixel in patches of 16 x 16 pixels, and a target the recipe's size."""
+        height, width = self.encoding.size
+        side = LATENT_SIDE.get(self.encoding.family, 16)
+        return sizes.source * height * width // side**2 // TOKENS_PER_SOURCE
 
     def take(self, samples: Sequence[Sample]) -> FamilyCondition:
         """One batch, as `stack` makes it of the family's own conditions; a copy in memory.
@@ -201,6 +224,15 @@ class ConditionStore:
         DataError for a sample that was not encoded, or for samples of different `layout`.
         """
         return stack([self._read(sample) for sample in samples])
+
+    def targets(self, samples: Sequence[Sample]) -> Float[Tensor, "b *s"]:
+        """x_0 of their real images in float32; all have one."""
+        rows = []
+        for sample in samples:
+            key = self._parts(sample).target
+            assert key is not None, sample.prompt
+            rows.append(self._entry(sample, key).tensors["target"].float())
+        return torch.stack(rows)
 
     def layout(self, sample: Sample) -> Hashable:
         """`FamilyCondition.layout` of the sample, from the index: samples with equal layouts can
@@ -217,6 +249,7 @@ class ConditionStore:
             text=self._key("text", sample.prompt, sources),
             negative=None if negative is None else self._key("negative", negative, sources),
             source=self._key("source", None, sources) if sources else None,
+            target=self._key("target", None, (sample.target.digest,)) if sample.target else None,
         )
 
     def _key(self, kind: str, prompt: str | None, sources: tuple[str, ...]) -> str:
@@ -231,6 +264,13 @@ class ConditionStore:
         if not absent:  # an earlier sample had the same negative branch, and no more was missing
             return
         parts, negative = self._parts(sample), self.encoding.negative
+        if parts.target in absent:
+            assert parts.target is not None and sample.target is not None
+            x_0 = family.encode_image(target_pixels(sample.target.open(), self.encoding.size))[0]
+            info = {"about": f"target {sample.target.name}"}
+            yield parts.target, Entry({"target": x_0.to(_dtype(self.encoding))}, info)
+        if absent <= {parts.target}:
+            return
         cond = family.encode(
             [sample.prompt],
             [source.open() for source in sample.sources],
@@ -287,6 +327,7 @@ class _Parts(NamedTuple):
     text: str
     negative: str | None
     source: str | None
+    target: str | None
 
 
 def _pack(text: Text, about: str) -> Entry:
@@ -312,6 +353,10 @@ def _unpack(entry: Entry) -> Text:
         mask = (torch.arange(length) < len(states))[None]
         states = torch.cat([states, states.new_zeros(length - len(states), states.shape[1])])
     return Text(states[None], mask, entry.tensors.get("pooled"), entry.tensors.get("slots"))
+
+
+def _dtype(encoding: Encoding) -> torch.dtype:
+    return getattr(torch, encoding.dtype)
 
 
 def _sizes(info: Mapping[str, Any]) -> tuple[Size, ...]:

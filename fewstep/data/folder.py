@@ -127,15 +127,6 @@ class ImageFolder:
         """uint8 [n, h, w, 3], RGB, a copy."""
         return np.array(self._pixels[np.asarray(indices, np.int64)])
 
-    def index_of(self, file: str) -> int:
-        if file not in self._image_of:
-            near = difflib.get_close_matches(file, self.files, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise DataError(
-                f"{file} is not among the {len(self.files)} images of {self.path}{hint}"
-            )
-        return self._image_of[file]
-
     def rows(self, task: Task, split: Split, category: str | None = None) -> np.ndarray:
         """Indices into `captions` or `edits`: the pool that a mixture draws from."""
         records = self.captions if task == "t2i" else self.edits

@@ -1,8 +1,9 @@
 """Prompts and edit instructions from files: text, JSON lines, CSV, Parquet, shards, datasets.
 
-Unlike `folder.py` this asks for no target images: distillation needs prompts, and the sources that
-instructions speak of. Everything is checked before anything is encoded; all that is wrong is listed
-with file and line. How the rows of each format are found is in `promptrows.py`.
+Unlike `folder.py` this asks for no target images, unless an objective learns from real ones: what
+distillation needs is prompts, and the sources that instructions speak of. Everything is checked
+before anything is encoded; all that is wrong is listed with file and line. How the rows of each
+format are found is in `promptrows.py`.
 """
 
 import difflib
@@ -22,6 +23,7 @@ from fewstep.data.promptrows import (
     OTHER_KEYS,
     PROMPT_KEYS,
     SOURCE_KEYS,
+    TARGET_KEYS,
     Found,
     PromptRow,
     Reader,
@@ -32,13 +34,16 @@ from fewstep.data.rows import SPLITS, Split, Task, refuse
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image to edit, wherever it lies: a file, a member of a shard, a cell of a table."""
+    """An image to edit, or a real one to learn from, wherever it lies: a file, a member of a
+    shard, a cell of a table."""
 
     name: str
     digest: str
     """A hash of its bytes; two images are equal if these are."""
     converted: str
     """What `open` has to do to make it RGB, in words; empty if nothing."""
+    size: tuple[int, int]
+    """Height and width, upright."""
     load: Callable[[], bytes] = field(repr=False, compare=False)
 
     def open(self) -> Image.Image:
@@ -58,22 +63,26 @@ class PromptRecord:
     split: Split
     sources: tuple[SourceImage, ...] = ()
     """In the order in which the instruction counts them; none for text-to-image."""
+    target: SourceImage | None = None
+    """The real image; None where it was not asked for, or there is none."""
 
     @property
     def task(self) -> Task:
         return "edit" if self.sources else "t2i"
 
 
-def read_prompts(path: Path | str, memo: Memo | None = None) -> list[PromptRecord]:
+def read_prompts(
+    path: Path | str, memo: Memo | None = None, *, targets: bool = False
+) -> list[PromptRecord]:
     """All prompts of a file or folder, or a `DataError` that lists what is wrong.
 
     A file is .txt, .jsonl, .csv, .parquet or .tar (webdataset). A folder holds captions.jsonl and
     edits.jsonl, several .parquet or .tar files, or what `datasets` saved to disk. `memo` remembers
-    which source images were read and found good.
+    which images were read and found good. `targets`: also the real images of training rows.
     """
     path, memo = Path(path).expanduser(), Memo() if memo is None else memo
     problems: list[str] = []
-    records = list(_records(reader_of(path), memo, problems))
+    records = list(_records(reader_of(path, targets=targets), memo, problems, targets))
     problems += _repeated(records)
     if not records and not problems:
         problems = ["no prompt in it; write one a line"]
@@ -83,18 +92,27 @@ def read_prompts(path: Path | str, memo: Memo | None = None) -> list[PromptRecor
 
 
 def conversions(records: Sequence[PromptRecord]) -> list[str]:
-    """One line for each way in which source images were changed, for the user to know."""
-    images = {source.digest: source.converted for record in records for source in record.sources}
-    counts = Counter(converted for converted in images.values() if converted)
-    return [f"{n} of {len(images)} source images were {what}" for what, n in sorted(counts.items())]
+    """One line for each way in which images were changed, for the user to know."""
+    told = []
+    for role, each in (
+        ("source", [source for record in records for source in record.sources]),
+        ("target", [record.target for record in records if record.target is not None]),
+    ):
+        images = {image.digest: image.converted for image in each}
+        counts = Counter(converted for converted in images.values() if converted)
+        told += [f"{n} of {len(images)} {role} images were {w}" for w, n in sorted(counts.items())]
+    return told
 
 
-def _records(reader: Reader, memo: Memo, problems: list[str]) -> Iterator[PromptRecord]:
+def _records(
+    reader: Reader, memo: Memo, problems: list[str], targets: bool
+) -> Iterator[PromptRecord]:
     called: dict[str, tuple[str, str]] = {}
     for row in reader(problems):
         own = list(_check(row, called))
         if not own:
-            sources = [_source(row, value, memo, own) for value in _sources(row)]
+            sources = [_image(row, value, memo, own) for value in _sources(row)]
+            target = _target(row, memo, own) if targets else None
             if not own:
                 yield PromptRecord(
                     id=str(row.values.get("id") or row.where),
@@ -103,6 +121,7 @@ def _records(reader: Reader, memo: Memo, problems: list[str]) -> Iterator[Prompt
                     category=row.values.get("category") or "general",
                     split=SPLITS[row.values.get("split") or "train"],
                     sources=tuple(source for source in sources if source is not None),
+                    target=target,
                 )
         problems += [f"{row.where}: {problem}" for problem in own]
 
@@ -157,14 +176,31 @@ def _check(row: PromptRow, called: dict[str, tuple[str, str]]) -> Iterator[str]:
         yield f"split '{row.values['split']}' is unknown; use one of {', '.join(SPLITS)}"
 
 
-def _source(row: PromptRow, value: Any, memo: Memo, own: list[str]) -> SourceImage | None:
+def _target(row: PromptRow, memo: Memo, own: list[str]) -> SourceImage | None:
+    """The real image of a row that is trained on; the others are not looked at."""
+    if SPLITS[row.values.get("split") or "train"] != "train":
+        return None
+    names = TARGET_KEYS["edit" if _prompt_key(row) == "instruction" else "t2i"]
+    given = [name for name in names if row.values.get(name) is not None]
+    if not given:
+        return None
+    value = row.values[given[0]]
+    if len(given) > 1 or isinstance(value, list):
+        own.append(f"has several real images in {' and '.join(map(repr, given))}; keep one")
+        return None
+    return _image(row, value, memo, own)
+
+
+def _image(row: PromptRow, value: Any, memo: Memo, own: list[str]) -> SourceImage | None:
     """The image behind a row's value, decoded once to see that it can be."""
     found = row.find(value)
     if isinstance(found, str):
         own.append(found)
         return None
     try:
-        digest, converted = memo.get(found.file, f"image {found.part}", lambda: _look(found))
+        digest, converted, size = memo.get(
+            found.file, f"image and size {found.part}", lambda: _look(found)
+        )
     except UnidentifiedImageError:
         known = ", ".join(IMAGE_FORMATS)
         own.append(f"{found.name} is no image, or damaged; {known} can be read")
@@ -173,20 +209,23 @@ def _source(row: PromptRow, value: Any, memo: Memo, own: list[str]) -> SourceIma
         reason = str(error) or type(error).__name__
         own.append(f"{found.name} cannot be read ({reason}); replace it or remove the row")
         return None
-    return SourceImage(found.name, digest, converted, found.load)
+    height, width = size
+    return SourceImage(found.name, digest, converted, (height, width), found.load)
 
 
-def _look(found: Found) -> list[str]:
+def _look(found: Found) -> list[Any]:
     content = found.load()
-    _, converted = read_rgb(content)
-    return [blake2b(content, digest_size=16).hexdigest(), converted]
+    image, converted = read_rgb(content)
+    digest = blake2b(content, digest_size=16).hexdigest()
+    return [digest, converted, [image.height, image.width]]
 
 
 def _repeated(records: list[PromptRecord]) -> Iterator[str]:
     first: dict[tuple[str, ...], str] = {}
     ids: dict[str, str] = {}
     for record in records:
-        identity = (record.task, record.prompt, *(source.digest for source in record.sources))
+        images = (*record.sources, *([record.target] if record.target else []))
+        identity = (record.task, record.prompt, *(image.digest for image in images))
         if identity in first:
             what = "instruction and source" if record.sources else "prompt"
             yield f"{record.where}: same {what} as {first[identity]}; remove one of them"

@@ -21,6 +21,8 @@ from fewstep.errors import DataError
 
 PROMPT_KEYS = ("prompt", "caption", "text")
 SOURCE_KEYS = ("source", "sources")
+TARGET_KEYS = {"t2i": ("image", "file"), "edit": ("target",)}
+"""What rows call the real image that shows their prompt, or that their instruction leads to."""
 OTHER_KEYS = ("category", "split", "id")
 KEYS = ("instruction", *PROMPT_KEYS, *SOURCE_KEYS, *OTHER_KEYS)
 FORMATS = ".txt, .jsonl, .csv, .parquet or .tar"
@@ -42,7 +44,7 @@ class PromptRow(NamedTuple):
     where: str
     values: dict[str, Any]
     find: Callable[[Any], Found | str]
-    """From what the row says of a source to the image, or to what is wrong with it."""
+    """From what the row says of an image to the image, or to what is wrong with it."""
 
 
 Reader = Callable[[list[str]], Iterator[PromptRow]]
@@ -50,10 +52,12 @@ Reader = Callable[[list[str]], Iterator[PromptRow]]
 Rows = Callable[[list[Path], list[str]], Iterator[PromptRow]]
 
 
-def reader_of(path: Path) -> Reader:
-    """By the name of a file, or by what lies in a folder."""
+def reader_of(path: Path, *, targets: bool = False) -> Reader:
+    """By the name of a file, or by what lies in a folder. Only with `targets` are the columns of
+    real images read in tables."""
+    keys = (*KEYS, *sum(TARGET_KEYS.values(), ())) if targets else KEYS
     if path.is_dir():
-        files, rows = _in_folder(path)
+        files, rows = _in_folder(path, keys)
         return partial(rows, files)
     if not path.exists():
         siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
@@ -64,7 +68,7 @@ def reader_of(path: Path) -> Reader:
         ".txt": _text_rows,
         ".jsonl": _json_rows,
         ".csv": _csv_rows,
-        ".parquet": _parquet_rows,
+        ".parquet": partial(_parquet_rows, keys),
         ".tar": _shard_rows,
     }
     if path.suffix.lower() not in formats:
@@ -72,7 +76,7 @@ def reader_of(path: Path) -> Reader:
     return partial(formats[path.suffix.lower()], [path])
 
 
-def _in_folder(path: Path) -> tuple[list[Path], Rows]:
+def _in_folder(path: Path, keys: tuple[str, ...]) -> tuple[list[Path], Rows]:
     """What lies in the folder decides, and there must be one kind of it."""
     if (path / "dataset_dict.json").exists():
         splits = ", ".join(sorted(p.parent.name for p in path.glob("*/state.json")))
@@ -80,8 +84,8 @@ def _in_folder(path: Path) -> tuple[list[Path], Rows]:
     kinds: dict[str, tuple[list[Path], Rows]] = {
         "jsonl lists": ([path / name for name in LISTS if (path / name).exists()], _json_rows),
         "webdataset shards": (sorted(path.glob("*.tar")), _shard_rows),
-        "Parquet files": (sorted(path.glob("*.parquet")), _parquet_rows),
-        "a datasets folder": (_arrow_files(path), _arrow_rows),
+        "Parquet files": (sorted(path.glob("*.parquet")), partial(_parquet_rows, keys)),
+        "a datasets folder": (_arrow_files(path), partial(_arrow_rows, keys)),
     }
     found = {name: kind for name, kind in kinds.items() if kind[0]}
     if len(found) > 1:
@@ -153,7 +157,7 @@ def _file_finder(folder: Path) -> Callable[[Any], Found | str]:
 
     def find(value: Any) -> Found | str:
         if not isinstance(value, str) or not value.strip():
-            return f"a source is {str(value)[:40]!r}; give the name of an image file"
+            return f"an image is {str(value)[:40]!r}; give the name of a file"
         file = folder / Path(value).expanduser()
         if not file.is_file():
             near = "" if Path(value).is_absolute() else near_file(folder, value)
@@ -170,7 +174,8 @@ SOURCE_ROLE = re.compile(r"source\d*")
 
 def _shard_rows(paths: list[Path], problems: list[str]) -> Iterator[PromptRow]:
     """`key.json` or `key.txt` with the prompt; sources are `key.source.png`, or `key.source0.png`,
-    `key.source1.png`, ..., or the samples whose keys the JSON names. Other images are not read."""
+    `key.source1.png`, ..., or the samples whose keys the JSON names; the real image is
+    `key.target.png` or `key.png`. Other images are not read."""
     samples: dict[str, _Sample] = {}
     for path in paths:
         for key, members in _members(path).items():
@@ -188,6 +193,11 @@ def _shard_rows(paths: list[Path], problems: list[str]) -> Iterator[PromptRow]:
         own = sorted(filter(SOURCE_ROLE.fullmatch, sample.images), key=lambda r: int(r[6:] or 0))
         if own:
             values["sources"] = [f"{key}.{role}" for role in own]
+        task = "edit" if values.get("instruction") else "t2i"
+        for role, name in (("target", f"{key}.target"), ("", key)):
+            if role in sample.images:
+                values[TARGET_KEYS[task][0]] = name
+                break
         yield PromptRow(sample.shard.name, where, values, partial(_find_member, samples))
 
 
@@ -247,13 +257,15 @@ def _find_member(samples: dict[str, _Sample], value: Any) -> Found | str:
 # --- tables: Parquet, and the Arrow files of a datasets folder ------------------------------------
 
 
-def _parquet_rows(files: list[Path], problems: list[str]) -> Iterator[PromptRow]:
+def _parquet_rows(
+    keys: tuple[str, ...], files: list[Path], problems: list[str]
+) -> Iterator[PromptRow]:
     for path in files:
         with _arrow(path):
             import pyarrow.parquet
 
             table = pyarrow.parquet.ParquetFile(path)
-            columns = [name for name in table.schema_arrow.names if name in KEYS]
+            columns = [name for name in table.schema_arrow.names if name in keys]
             groups = range(table.num_row_groups)
 
         # One row group in memory: images are asked for in the order of the rows.
@@ -265,14 +277,16 @@ def _parquet_rows(files: list[Path], problems: list[str]) -> Iterator[PromptRow]
         yield from _table_rows(path, columns, [partial(part, i) for i in groups])
 
 
-def _arrow_rows(files: list[Path], problems: list[str]) -> Iterator[PromptRow]:
+def _arrow_rows(
+    keys: tuple[str, ...], files: list[Path], problems: list[str]
+) -> Iterator[PromptRow]:
     """Mapped into memory, which `datasets` does too."""
     for path in files:
         with _arrow(path):
             import pyarrow
 
             table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
-            columns = [name for name in table.schema.names if name in KEYS]
+            columns = [name for name in table.schema.names if name in keys]
             parts = table.select(columns).to_batches()
         yield from _table_rows(path, columns, [lambda part=part: part for part in parts])
 
@@ -291,9 +305,10 @@ def _arrow_files(path: Path) -> list[Path]:
 def _table_rows(
     path: Path, columns: list[str], parts: list[Callable[[], Any]]
 ) -> Iterator[PromptRow]:
-    """A source is the name of a file, bytes, or what `datasets` calls an image: a dict of `bytes`
+    """An image is the name of a file, bytes, or what `datasets` calls an image: a dict of `bytes`
     and `path`; a list of them where there are several."""
-    images = [name for name in columns if name in SOURCE_KEYS]
+    of_images = (*SOURCE_KEYS, *sum(TARGET_KEYS.values(), ()))
+    images = [name for name in columns if name in of_images]
     rest = [name for name in columns if name not in images]
     number = 0
     for part in parts:

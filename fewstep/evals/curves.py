@@ -64,11 +64,11 @@ def draw(panel: Panel) -> Html:
     for i, curve in enumerate(panel.curves.values()):
         shown = _thin(curve)
         if len(curve) >= SMOOTH_FROM and _is_noisy(curve):
-            parts.append(_line(shown, x, y, f"s{i % 8} raw"))
+            parts.append(_line(shown, x, y, f"{_tone(i)} raw"))
             shown = _smooth(shown)
-        parts.append(_line(shown, x, y, f"s{i % 8}"))
+        parts.append(_line(shown, x, y, _tone(i)))
     legend = [
-        h("li", h("i", class_=f"s{i % 8}"), name, h("b", f"{curve[-1][1]:.3g}"))
+        h("li", h("i", class_=_tone(i)), name, h("b", f"{curve[-1][1]:.3g}"))
         for i, (name, curve) in enumerate(panel.curves.items())
     ]
     told = "; ".join(
@@ -88,6 +88,11 @@ def draw(panel: Panel) -> Html:
         h("ul", legend, class_="legend"),
         class_="curve",
     )
+
+
+def _tone(i: int) -> str:
+    """Eight colours; those that come again are dashed."""
+    return f"s{i % 8}" if i < 8 else f"s{i % 8} dashed"
 
 
 def _at(height: float) -> dict[str, str]:

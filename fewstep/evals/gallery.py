@@ -126,7 +126,7 @@ def side_by_side(findings: Findings, pictures: Pictures, *, limit: int = MAX_CAS
         h("label", "Show", h("select", options, id="scope")),
         h("label", "Order", h("select", [h("option", t, value=v) for v, t in orders], id="order")),
         h("label", "Find", h("input", type="search", id="words", placeholder="words, case id")),
-        h("label", "Size", h("input", type="range", id="size", min=64, max=320, value=144)),
+        h("label", "Size", h("input", type="range", id="size", min=64, max=320, value=136)),
         h("output", id="count"),
         class_="tools",
     )

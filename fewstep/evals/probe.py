@@ -19,7 +19,7 @@ from PIL import Image
 
 from fewstep.core.types import Task
 from fewstep.domain import Case, Domain, Images
-from fewstep.evals.runner import Draw, sources_of
+from fewstep.evals.runner import Draw, batches, sources_of
 from fewstep.recipe.schema import Probe as Settings
 
 Metrics = dict[str, float]
@@ -62,9 +62,10 @@ class Probe:
         teacher: Draw,
         *,
         seed: int,
+        batch: int,
         out: Path,
     ) -> None:
-        self.domain, self.settings, self.out = domain, settings, out
+        self.domain, self.settings, self.batch, self.out = domain, settings, batch, out
         self.draw_teacher = teacher
         self.cases = [
             domain.cases(task, category, settings.per_category, seed, evaluation=False)
@@ -101,12 +102,16 @@ class Probe:
         found = []
         for cases in self.cases:
             repeated = [case for case in cases for _ in self.noise]
-            cond = self.domain.condition([c.prompt for c in repeated], sources_of(repeated))
             noise = self.noise.repeat(len(cases), *[1] * (self.noise.ndim - 1))
-            images = self.domain.decode(draw(noise, cond, cases[0].task))
+            parts = zip(batches(repeated, self.batch), noise.split(self.batch), strict=True)
+            images = np.concatenate([self._images(draw, *part) for part in parts])
             shape = (len(cases), len(self.noise), *images.shape[1:])
             found.append(Drawn(tuple(cases), images.reshape(shape)))
         return found
+
+    def _images(self, draw: Draw, cases: Sequence[Case], noise: torch.Tensor) -> Images:
+        cond = self.domain.condition([case.prompt for case in cases], sources_of(cases))
+        return self.domain.decode(draw(noise, cond, cases[0].task))
 
     @cached_property
     def teacher(self) -> list[Drawn]:

@@ -19,7 +19,7 @@ from fewstep.evals.findings import (
     show_seconds,
 )
 from fewstep.evals.report_html import lede, render, speed_up
-from fewstep.evals.stats import Interval, Rank, Scope
+from fewstep.evals.stats import Interval, Rank, Scope, judge_noise
 
 CSV_COLUMNS = (
     "model",
@@ -95,6 +95,12 @@ def markdown(run: Run) -> str:
             "intervals. Percentages are paired. A rank such as 1–2 is not separable.",
             "",
         ]
+        noise = judge_noise(found.rows)
+        if noise is not None:
+            lines += [
+                f"One judgement of an image scatters by {noise:.2f} (standard deviation).",
+                "",
+            ]
     cost = [f"{plain(name)} {show_seconds(seconds)}" for name, seconds in _cost(run)]
     if cost:
         device = (run.summary or {}).get("device", "unknown device")

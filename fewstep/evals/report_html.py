@@ -24,7 +24,7 @@ from fewstep.evals.findings import (
 )
 from fewstep.evals.gallery import Pictures, failures, side_by_side, training_samples
 from fewstep.evals.markup import Html, h, join
-from fewstep.evals.stats import TIE, Comparison, Interval, Rank, Scope
+from fewstep.evals.stats import TIE, Comparison, Interval, Rank, Scope, judge_noise
 
 PANELS_OPEN = 9
 """Further panels of curves are folded away."""
@@ -113,7 +113,9 @@ def _header(run: Run, notes: Sequence[str]) -> Html:
         )
         facts += [("Models", models), ("Judge", found.judge), ("Seeds", _seeds(found))]
         facts.append(("Coverage", _coverage(found)))
-    hidden = {"date", "device", "seconds", "name"}
+        if (noise := judge_noise(found.rows)) is not None:
+            facts.append(("One judgement scatters by", f"{noise:.2f}"))
+    hidden = {"date", "device", "seconds", "name", "pools"}
     facts += [
         (key.replace("_", " ").capitalize(), _words(value))
         for key, value in summary.items()

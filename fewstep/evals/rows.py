@@ -15,6 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fewstep.errors import DataError, FewstepError
 
 Name = Annotated[str, Field(min_length=1)]
+Item = tuple[str, str, int]
+"""(model, case, seed): one image, whoever judges it."""
+PENDING = "unscored: not judged yet"
+"""Status of an image that is drawn and waits for its judge."""
 
 
 class RowKey(NamedTuple):
@@ -45,6 +49,8 @@ class Row(BaseModel):
     score: Annotated[float, Field(ge=1, le=5)] | None
     subscores: dict[str, float] = {}
     reasons: tuple[str, ...] = ()
+    judgements: tuple[float, ...] = ()
+    """The single scores of a judge that was asked several times; `score` is their mean."""
     status: str
     """`ok`, or `unscored: why`."""
     seconds: Annotated[float, Field(ge=0)] | None = None
@@ -67,6 +73,10 @@ class Row(BaseModel):
     def key(self) -> RowKey:
         return RowKey(self.model, self.case, self.seed, self.judge)
 
+    @property
+    def item(self) -> Item:
+        return self.model, self.case, self.seed
+
 
 class RowFile(NamedTuple):
     """What a rows file holds."""
@@ -74,7 +84,7 @@ class RowFile(NamedTuple):
     rows: tuple[Row, ...]
     """The latest row of each key, in the order in which the keys first came."""
     superseded: int
-    """Older rows of a key that was scored again."""
+    """Older rows of a key that was scored again; those that only waited are not counted."""
     truncated: str | None
     """What was left out at the end of the file, where a write was cut off."""
 
@@ -95,7 +105,8 @@ def read_rows(path: Path) -> RowFile:
         truncated = (
             f"{path.name}: the last line is cut off after {len(tail)} bytes and was left out"
         )
-    return RowFile(tuple(latest.values()), len(rows) - len(latest), truncated)
+    judged = sum(row.status != PENDING or row is latest[row.key] for row in rows)
+    return RowFile(tuple(latest.values()), judged - len(latest), truncated)
 
 
 class RowWriter:
@@ -110,6 +121,8 @@ class RowWriter:
             raise FewstepError(f"cannot write {path}: {error.strerror}") from error
         rows, tail, tail_is_row = _parse(path)
         self._scored = {row.key: row.status == "ok" for row in rows}
+        self.drawn: dict[Item, Row] = {row.item: row for row in rows}
+        """The latest row of each image, of whatever judge."""
         self._file = path.open("ab", buffering=0)
         self._size = path.stat().st_size
         if tail_is_row:
@@ -125,6 +138,7 @@ class RowWriter:
     def write(self, row: Row) -> None:
         self._append(row.model_dump_json().encode() + b"\n")
         self._scored[row.key] = row.status == "ok"
+        self.drawn[row.item] = row
 
     def _append(self, line: bytes) -> None:
         """Write all of `line` or nothing, so that no later row is glued to a broken one."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.core.types import Condition, Task
 from fewstep.domain import Case, Domain, Verdict
-from fewstep.evals.rows import Row, RowKey, RowWriter, read_rows
+from fewstep.evals.rows import PENDING, Row, RowKey, RowWriter, read_rows
 
 Draw = Callable[[Tensor, Condition, Task], Tensor]
 """A way of sampling: (noise, condition, task) -> latents."""
@@ -46,22 +46,29 @@ def evaluate(
     domain: Domain,
     out: Path,
     *,
-    batch: int = 32,
+    batch: int,
+    judged_later: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> None:
     """Fill `out/rows.jsonl` and `out/images/`; rows that are already scored are not drawn again.
 
-    A contestant is asked for the tasks that its `nfe` names.
+    A contestant is asked for the tasks that its `nfe` names. With `judged_later`, the name of a
+    judge, images are drawn alone: their rows wait for `judging.judge_drawn`, and an image that any
+    judge has a row for is not drawn again. Progress counts function evaluations, of which a teacher
+    needs many more for an image than a student.
     """
     work = [(c, [case for case in cases if case.task in c.nfe]) for c in contestants]
-    total, done = sum(len(own) for _, own in work), 0
+    total, done = sum(c.nfe[case.task] for c, own in work for case in own), 0
     with RowWriter(out / "rows.jsonl") as rows:
         for contestant, own in work:
-            for group in _groups(own, batch):
-                left = [c for c in group if not rows.is_scored(_key(contestant, c, domain))]
+            for group in batches(own, batch):
+                if judged_later is None:
+                    left = [c for c in group if not rows.is_scored(_key(contestant, c, domain))]
+                else:
+                    left = [c for c in group if not _is_drawn(contestant, c, out, rows)]
                 if left:
-                    _draw_and_judge(left, contestant, domain, out, rows)
-                done += len(group)
+                    _draw_and_judge(left, contestant, domain, out, rows, judged_later)
+                done += sum(contestant.nfe[case.task] for case in group)
                 on_progress(done, total, contestant.name)
 
 
@@ -90,8 +97,8 @@ def _replace(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _groups(cases: Sequence[Case], batch: int) -> list[list[Case]]:
-    """Batches of one task each."""
+def batches(cases: Sequence[Case], batch: int) -> list[list[Case]]:
+    """Up to `batch` cases each, of one task."""
     groups: list[list[Case]] = []
     for task in dict.fromkeys(case.task for case in cases):
         same = [case for case in cases if case.task == task]
@@ -103,8 +110,18 @@ def _key(contestant: Contestant, case: Case, domain: Domain) -> RowKey:
     return RowKey(contestant.name, case.id, case.seed, domain.judge_name)
 
 
+def _is_drawn(contestant: Contestant, case: Case, out: Path, rows: RowWriter) -> bool:
+    row = rows.drawn.get((contestant.name, case.id, case.seed))
+    return row is not None and row.prompt == case.prompt and (out / row.image).is_file()
+
+
 def _draw_and_judge(
-    cases: list[Case], contestant: Contestant, domain: Domain, out: Path, rows: RowWriter
+    cases: list[Case],
+    contestant: Contestant,
+    domain: Domain,
+    out: Path,
+    rows: RowWriter,
+    judged_later: str | None,
 ) -> None:
     cond = domain.condition([case.prompt for case in cases], sources_of(cases))
     noise = noise_of(cases, domain)
@@ -112,9 +129,13 @@ def _draw_and_judge(
     latents = contestant.draw(noise, cond, cases[0].task)
     seconds = (time.perf_counter() - begun) / len(cases)
     images = domain.decode(latents)
-    verdicts = domain.judge(images, cases)
+    if judged_later is None:
+        verdicts, judge = domain.judge(images, cases), domain.judge_name
+    else:
+        waiting = Verdict(None, {}, (), unscored=PENDING.removeprefix("unscored: "))
+        verdicts, judge = [waiting] * len(cases), judged_later
     for case, image, verdict in zip(cases, images, verdicts, strict=True):
-        rows.write(_row(case, image, verdict, contestant, domain, seconds, out))
+        rows.write(_row(case, image, verdict, contestant, judge, seconds, out))
 
 
 def _row(
@@ -122,7 +143,7 @@ def _row(
     image: np.ndarray,
     verdict: Verdict,
     contestant: Contestant,
-    domain: Domain,
+    judge: str,
     seconds: float,
     out: Path,
 ) -> Row:
@@ -140,9 +161,10 @@ def _row(
         score=verdict.score,
         subscores=verdict.subscores,
         reasons=verdict.reasons,
+        judgements=verdict.judgements,
         status=f"unscored: {verdict.unscored}" if verdict.score is None else "ok",
         seconds=seconds,
-        judge=domain.judge_name,
+        judge=judge,
     )
 
 

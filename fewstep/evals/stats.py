@@ -291,6 +291,16 @@ def seconds_per_image(rows: Sequence[Row], model: str) -> float | None:
     return float(np.median(seconds)) if seconds else None
 
 
+def judge_noise(rows: Sequence[Row]) -> float | None:
+    """Standard deviation of one judgement around its image's mean, over all images; None where the
+    judge was asked once. The score of an image with n judgements has it over sqrt(n)."""
+    repeated = [row.judgements for row in rows if len(row.judgements) > 1]
+    if not repeated:
+        return None
+    squares = sum(len(scores) * float(np.var(scores)) for scores in repeated)
+    return float(np.sqrt(squares / sum(len(scores) - 1 for scores in repeated)))
+
+
 def unscored_reasons(rows: Iterable[Row]) -> list[tuple[str, str, int]]:
     """(model, why, count), most frequent first."""
     counts = Counter((row.model, row.status) for row in rows if row.score is None)

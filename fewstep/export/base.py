@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from fewstep.errors import CheckpointError, DataError
 from fewstep.export.lora import Lora
-from fewstep.models.families.open import FAMILIES, read_index, refuse_missing_folders
+from fewstep.models.families.open import read_index, read_kind
 from fewstep.models.foreign import read_config
 
 NETWORK = "transformer"
@@ -43,16 +43,10 @@ class Base:
 
 def open_base(path: Path) -> Base:
     """DataError for a folder that is no pipeline of a family that students are made of."""
-    index = read_index(path)
-    pipeline = str(index.get("_class_name"))
-    if pipeline not in FAMILIES:
-        raise DataError(
-            f"base {path}: holds a {pipeline}, of which no student is made; known: "
-            f"{', '.join(FAMILIES)}"
-        )
-    refuse_missing_folders(path, index, {})
+    pipeline = read_kind(path)
     config = read_config(path / NETWORK, what=f"base {path}")
-    return Base(path, pipeline, index, config, read_entries(weight_files(path / NETWORK)))
+    entries = read_entries(weight_files(path / NETWORK))
+    return Base(path, pipeline, read_index(path), config, entries)
 
 
 def read_entries(files: Iterable[Path]) -> dict[str, Entry]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.models.families.contract import FamilyCondition, stack
 
 Answer = Callable[[Tensor, Tensor, FamilyCondition], Tensor]
-"""(x_t, t, cond) -> v of one layout."""
+"""(x_t, t, cond) -> v, or hidden tokens, of one layout."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Readings:
 
 
 def answer_all(answer: Answer, x_t: Tensor, t: Tensor, cond: Readings, reader: str) -> Tensor:
-    """v [b, ...] in float32, in the order of the batch."""
+    """[b, ...] in float32, in the order of the batch."""
     assert len(x_t) == len(t) == len(cond)
     order: list[int] = []
     parts = []

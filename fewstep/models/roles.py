@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.core.process import x0_from_v
 from fewstep.errors import CheckpointError, DataError, RecipeError, did_you_mean
 from fewstep.models.families.contract import Family, FamilyCondition
+from fewstep.models.families.features import feature_width, features
 from fewstep.models.families.playback import guided_velocity
-from fewstep.models.readings import Readings, answer_all
+from fewstep.models.readings import Answer, Readings, answer_all
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class SharedNetwork:
             return [name for name in linear if re.fullmatch(pattern, name)]
         for target in targets:
             if not any(_ends_in(name, target) for name in linear):
-                endings = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in linear})
+                inner = {re.sub(r"^.*\.\d+\.", "", name) for name in linear}
+                endings = sorted(inner | {name.rpartition(".")[2] for name in inner})
                 raise RecipeError(
                     f"no linear layer of {type(self.network).__name__} is called {target!r}",
                     field="model.cast.targets",
@@ -209,6 +211,22 @@ class FamilyRole:
         def answer(x: Tensor, now: Tensor, part: FamilyCondition) -> Tensor:
             return guided_velocity(self.family, x, now, part, scale, network)
 
+        return self._play(answer, x_t, t, cond)
+
+    @property
+    def feature_width(self) -> int:
+        return feature_width(self.shared.network)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Readings) -> Tensor:
+        """Hidden image tokens half-way in float32, as `objectives.gan.Features` has them."""
+        network = self.shared.network
+
+        def answer(x: Tensor, now: Tensor, part: FamilyCondition) -> Tensor:
+            return features(self.family, x, now, part, network)
+
+        return self._play(answer, x_t, t, cond)
+
+    def _play(self, answer: Answer, x_t: Tensor, t: Tensor, cond: Readings) -> Tensor:
         # Pipelines know no autocast; only master weights in float32 need it.
         own = nullcontext() if self.autocast else torch.autocast(x_t.device.type, enabled=False)
         with self.shared.playing(self.adapter), own:

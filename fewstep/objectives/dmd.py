@@ -56,11 +56,6 @@ def dmd_loss(x: State, direction: State) -> Float[Tensor, ""]:
     return 0.5 * F.mse_loss(x.float(), target.float())
 
 
-def fake_score_loss(fake: State, x: State) -> Float[Tensor, ""]:
-    """Denoising loss of the fake score network on the student's samples, in x_0."""
-    return F.mse_loss(fake.float(), x.detach().float())
-
-
 def fake_velocity_loss(predicted_v: State, x: State, eps: State) -> Float[Tensor, ""]:
     """Flow matching (eq. 2) of the fake score on the student's samples: || v - (eps - x) ||^2."""
     return F.mse_loss(predicted_v.float(), velocity(x.detach().float(), eps.float()))

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from fewstep.endpoint import Messages, Usage
 from fewstep.errors import RecipeError, RunError
-from fewstep.prompts.endpoint import Messages, Usage
 from fewstep.prompts.text import words
 
 LATIN, HAN = 1.35, 1.0

@@ -4,9 +4,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fewstep.endpoint import Endpoint, Messages, Reply, Usage, json_in, replies
 from fewstep.errors import RunError
 from fewstep.prompts.budget import Budget, estimate
-from fewstep.prompts.endpoint import Endpoint, Messages, Reply, Usage, json_in, replies
 from fewstep.prompts.pool import Entry, PoolFile
 from fewstep.prompts.rules import OTHER, Kind, Rule, category_by_rule
 from fewstep.prompts.text import fingerprint, language

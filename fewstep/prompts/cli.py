@@ -13,9 +13,9 @@ import typer
 from fewstep.errors import DataError, Interrupted, RecipeError, RunError
 
 if TYPE_CHECKING:
+    from fewstep.endpoint import Endpoint, Usage
     from fewstep.prompts.budget import Budget
     from fewstep.prompts.check import Findings, Overlap
-    from fewstep.prompts.endpoint import Endpoint, Usage
     from fewstep.prompts.pool import PoolFile
     from fewstep.prompts.rules import Kind
     from fewstep.prompts.spec import Spec
@@ -92,7 +92,7 @@ def write(
             typer.echo(f"\n[{message['role']}]\n{message['content']}")
         return
     server = _endpoint(endpoint, model, key_env, timeout)
-    with _appending(out) as pool:
+    with _appending(out, len(kept)) as pool:
         outcome = write_pool(
             writer, pool, server, workers=workers, budget=budget, tell=_ticker(len(kept))
         )
@@ -140,7 +140,7 @@ def classify(
         if out.exists():
             raise RunError(f"{out} is there already; choose another --out")
         rows = [classes.row_of(one, category_by_rule(one.text, rules), None) for one in entries]
-        with _appending(out) as pool:
+        with _appending(out, len(kept)) as pool:
             for row in rows:
                 pool.append(row)
     else:
@@ -155,7 +155,7 @@ def classify(
         if dry_run:
             return
         server = _endpoint(endpoint, model, key_env, timeout)
-        with _appending(out) as pool:
+        with _appending(out, len(kept)) as pool:
             spent = classes.classify_by_model(
                 jobs,
                 pool,
@@ -280,7 +280,7 @@ def _priced(usage: "Usage", budget: "Budget") -> str:
 
 
 def _endpoint(url: str | None, model: str | None, key_env: str, timeout: float) -> "Endpoint":
-    from fewstep.prompts.endpoint import Endpoint
+    from fewstep.endpoint import Endpoint
 
     if url is None or model is None:
         missing = "--endpoint" if url is None else "--model"
@@ -304,10 +304,11 @@ def _specs(paths: list[Path] | None, instructions: bool) -> "list[Spec]":
 
 
 @contextmanager
-def _appending(out: Path) -> "Iterator[PoolFile]":
+def _appending(out: Path, kept: int) -> "Iterator[PoolFile]":
+    """The pool, which had `kept` rows when it was read."""
     from fewstep.prompts.pool import PoolFile
 
-    pool = PoolFile(out)
+    pool = PoolFile(out, kept)
     try:
         yield pool
     except KeyboardInterrupt:

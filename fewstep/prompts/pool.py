@@ -1,13 +1,14 @@
 """Files of prompts: any list is read, a pool is appended to line by line."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.errors import DataError, did_you_mean
+from fewstep.errors import DataError, RunError, did_you_mean
 from fewstep.prompts.text import words
 
 
@@ -61,15 +62,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class PoolFile:
     """A .jsonl that only grows; a row is with the operating system before `append` returns.
 
-    A last line that a kill cut short is taken off on opening.
+    A last line that a kill cut short is taken off on opening. One writer at a time: RunError while
+    another holds the file, and where it no longer has the `rows` that the caller read of it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: int) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except (IsADirectoryError, FileExistsError, NotADirectoryError) as error:
             raise DataError(f"{path}: no pool can be kept there ({error.strerror})") from None
+        try:  # the claim belongs to the open file: it ends with this process, whatever ends it
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise RunError(f"{path}: another command is writing it; let it end first") from None
+        if len(read_rows(path)) != rows:
+            self.close()
+            raise RunError(f"{path}: another command has written to it; start this one again")
         os.truncate(self._file, path.read_bytes().rfind(b"\n") + 1)
 
     def append(self, row: dict[str, Any]) -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fewstep.endpoint import Endpoint, Messages, Reply, Usage, json_in, replies
 from fewstep.errors import RunError
 from fewstep.prompts.budget import HAN, LATIN, Budget, estimate
-from fewstep.prompts.endpoint import Endpoint, Messages, Reply, Usage, json_in, replies
 from fewstep.prompts.near import NearIndex
 from fewstep.prompts.pool import PoolFile
 from fewstep.prompts.rules import category_by_rule

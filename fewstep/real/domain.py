@@ -1,4 +1,4 @@
-"""Prompts and edit instructions from files as a domain of real models. Nothing here is judged.
+"""Prompts and edit instructions from files as a domain of real models. It has no judge of its own.
 
 Every prompt is encoded once by the pipeline's own encoders and kept (`data.conditions`); a teacher
 with a template or a negative prompt of its own has readings of its own.
@@ -21,8 +21,10 @@ from fewstep.core.types import Task
 from fewstep.data.conditions import ConditionStore, Encoding, Source, release_memory
 from fewstep.data.latents import to_uint8
 from fewstep.data.memo import Memo
-from fewstep.data.promptfiles import PromptRecord, read_prompts
+from fewstep.data.promptfiles import PromptRecord, conversions, read_prompts
+from fewstep.data.promptrows import TARGET_KEYS
 from fewstep.data.rows import Split
+from fewstep.data.targets import changes, refuse_other_shapes
 from fewstep.data.tensorstore import TensorStore
 from fewstep.domain import Case, Images, Verdict
 from fewstep.errors import DataError, RecipeError
@@ -30,9 +32,9 @@ from fewstep.models.families.contract import Family
 from fewstep.models.readings import Readings, readings_of
 from fewstep.models.roles import STUDENT
 from fewstep.real.pipelines import Pipelines, Place
-from fewstep.recipe.schema import PromptSource, Recipe
+from fewstep.recipe.schema import WITH_REAL_IMAGES, PromptSource, Recipe
 
-UNSCORED = "no judge of real images is set up"
+UNSCORED = "the recipe names no evaluation.judge"
 DEFAULT_NEGATIVE = {"qwen_image": " ", "qwen_image_21": " "}
 """What a family's guidance moves away from; the empty prompt in the others."""
 
@@ -59,6 +61,7 @@ class Prompt:
 
     prompt: str
     sources: tuple[Source, ...] = ()
+    target: Source | None = None
 
 
 class Reading(NamedTuple):
@@ -93,9 +96,12 @@ class RealPool:
 
     def gather(
         self, pools: "Sequence[RealPool]", indices: Sequence[int], /
-    ) -> tuple[Readings, None]:
+    ) -> tuple[Readings, Tensor | None]:
         chosen = [pool.prompts[i] for pool, i in zip(pools, indices, strict=True)]
-        return self.domain.take(self.task, chosen), None
+        readings = self.domain.take(self.task, chosen)
+        if chosen[0].target is None:
+            return readings, None
+        return readings, self.domain.targets(self.task, chosen)
 
 
 class RealDomain:
@@ -108,7 +114,8 @@ class RealDomain:
         cache = Path(source.cache).expanduser()
         self.recipe, self.pipelines, self.path = recipe, pipelines, source.path
         self.memo = Memo(cache / "seen.json")
-        self.records = read_prompts(source.path, self.memo)
+        self.with_images = isinstance(recipe.objective, WITH_REAL_IMAGES)
+        self.records = read_prompts(source.path, self.memo, targets=self.with_images)
         self.tensors = TensorStore(cache / "conditions")
         self._stores: dict[tuple[Task, str | None], ConditionStore] = {}
         self._shown: dict[tuple[str, str], Prompt] = {}
@@ -130,15 +137,32 @@ class RealDomain:
         return "none"
 
     def pool(self, category: str, size: int, seed: int, *, task: Task, targets: bool) -> RealPool:
-        """`size` training prompts in a seeded order."""
-        assert not targets, "refused by the plan"
+        """`size` training prompts in a seeded order; `targets` adds their real images.
+
+        DataError where there are fewer, where one has no image, or an edit's has another shape.
+        """
         chosen = self._chosen(task, "train", category, size, seed)
         if size > len(chosen):
             raise DataError(
                 f"data.pools: {size} prompts of {task}/{category} asked for, {self.path} has "
                 f"{len(chosen)}; use size: {len(chosen)} or less"
             )
-        return RealPool(task, category, tuple(chosen), self)
+        if targets:
+            self._check_targets(task, category, chosen)
+        prompts = tuple(_prompt_of(record, targets=targets) for record in chosen)
+        return RealPool(task, category, prompts, self)
+
+    def _check_targets(self, task: Task, category: str, chosen: Sequence[PromptRecord]) -> None:
+        bare = [record for record in chosen if record.target is None]
+        if bare:
+            names = " or ".join(f"'{name}'" for name in TARGET_KEYS[task])
+            raise DataError(
+                f"{self.path}: {len(bare)} of {len(chosen)} rows of {task}/{category} have no real "
+                f"image, which the objective {self.recipe.objective.kind} learns from (the first: "
+                f"{bare[0].where}); name it as {names}, or use dmd, decoupled_dmd, tdm or "
+                f"trajectory_regression"
+            )
+        refuse_other_shapes(Path(self.path), chosen, self.pipelines.model.size)
 
     def cases(
         self, task: Task, category: str, count: int, seed: int, *, evaluation: bool = True
@@ -148,8 +172,8 @@ class RealDomain:
         split: Split = "eval" if evaluation else "train"
         own = seed if evaluation else self.recipe.seed
         found = []
-        for i, prompt in enumerate(self._chosen(task, split, category, count, own)):
-            image = None
+        for i, record in enumerate(self._chosen(task, split, category, count, own)):
+            prompt, image = _prompt_of(record), None
             if prompt.sources:
                 image = np.asarray(prompt.sources[0].open())
                 self._shown[prompt.prompt, Pixels(image).digest] = prompt
@@ -198,13 +222,17 @@ class RealDomain:
         wanted: dict[Task, list[Prompt]] = {}
         for pool in data.pools.values():
             made = self.pool(
-                pool.category, pool.size, self.recipe.seed, task=pool.task, targets=False
+                pool.category, pool.size, self.recipe.seed, task=pool.task, targets=self.with_images
             )
             wanted.setdefault(pool.task, []).extend(made.prompts)
         count, seed = evaluation.per_category, evaluation.seed
         for task, category in data.conditions():
-            wanted[task] += self._chosen(task, "eval", category, count, seed)
+            wanted[task] += map(_prompt_of, self._chosen(task, "eval", category, count, seed))
         return wanted
+
+    def notices(self) -> list[str]:
+        """What is done to the images of the files, for the user to know."""
+        return conversions(self.records) + changes(self.records, self.pipelines.model.size)
 
     def encode(self, wanted: Mapping[Task, Sequence[Prompt]]) -> None:
         """Every reading of these prompts into the cache; encoders are opened only if needed."""
@@ -247,6 +275,10 @@ class RealDomain:
             rows.append({reader: read[reading] for reader, reading in readers.items()})
         return readings_of(rows)
 
+    def targets(self, task: Task, prompts: Sequence[Prompt]) -> Tensor:
+        """x_0 of the real images in float32; `take` has encoded what was new."""
+        return self._store(task, None).targets(prompts)
+
     def _readers(self, task: Task) -> dict[str, Reading]:
         """The student reads a prompt as it is; a teacher without guidance needs no negative."""
         readers = {STUDENT: Reading("{prompt}", None)}
@@ -280,12 +312,12 @@ class RealDomain:
 
     def _chosen(
         self, task: Task, split: Split, category: str, count: int, seed: int
-    ) -> list[Prompt]:
+    ) -> list[PromptRecord]:
         """Up to `count`, in an order that depends on the seed alone."""
         records = self._records(task, split, category)
         rng = np.random.default_rng([seed, zlib.crc32(f"{task}/{category}".encode())])
         order = rng.permutation(len(records))[:count]
-        return [Prompt(records[i].prompt, records[i].sources) for i in order]
+        return [records[i] for i in order]
 
     def _records(self, task: Task, split: Split, category: str) -> list[PromptRecord]:
         same = [r for r in self.records if (r.task, r.split) == (task, split)]
@@ -298,6 +330,10 @@ class RealDomain:
                 f"row's `category` and `split` say where it belongs"
             )
         return found
+
+
+def _prompt_of(record: PromptRecord, *, targets: bool = False) -> Prompt:
+    return Prompt(record.prompt, record.sources, record.target if targets else None)
 
 
 def _as_read(prompt: Prompt, reading: Reading) -> Prompt:

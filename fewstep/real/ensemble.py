@@ -128,7 +128,7 @@ class RealEnsemble:
         if isinstance(spec, LoraCast):
             targets = sorted({name.rsplit(".lora_", 1)[0] for name in student.state_dict()})
             config |= {"rank": self.lora.rank, "alpha": self.lora.alpha, "targets": targets}
-        tasks = [task for task in TASKS if self.recipe.data.mixture.get(task, 0) > 0]
+        tasks = sorted(self.recipe.data.trained(), key=TASKS.index)
         about = about | {
             "base": str(self.pipelines.folder(self.start).resolve()),
             "base_stamp": self.teacher_identity(self.recipe.student.init),

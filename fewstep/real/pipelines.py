@@ -13,8 +13,8 @@ import torch
 from fewstep.core.types import Task
 from fewstep.errors import DataError
 from fewstep.models.families.contract import Family
-from fewstep.models.families.encoders import open_encoders, read_kind
-from fewstep.models.families.open import open_family, read_index
+from fewstep.models.families.encoders import open_encoders
+from fewstep.models.families.open import open_family, read_index, read_kind
 from fewstep.models.families.qwen_image_21 import QwenImage21
 from fewstep.models.foreign import loading
 from fewstep.recipe.families import BASE, EDIT, PIPELINES

@@ -45,7 +45,8 @@ def check_teachers(recipe: Recipe, facts: Facts) -> None:
             raise RecipeError(
                 facts.weights_problems[name],
                 field=field,
-                hint="train it with `fewstep teach`, or use bundled:<name>",
+                hint="train it with `fewstep teach`"
+                + (", or use bundled:<name>" if recipe.model.family == "lab" else ""),
             )
         if recipe.model.is_real:
             check_real_teacher(recipe, name, facts)
@@ -141,13 +142,6 @@ def check_objective(recipe: Recipe, grid: tuple[float, ...]) -> None:
         case Dmd2():
             _check_times(objective.renoise, "objective.renoise")
             _check_times(objective.gan.renoise, "objective.gan.renoise")
-            if recipe.model.family not in WITH_FEATURES:
-                raise RecipeError(
-                    f"dmd2 needs features for its discriminator, which a model of family "
-                    f"{recipe.model.family!r} does not show",
-                    field="objective.kind",
-                    hint=f"use dmd, or a model of family {' or '.join(WITH_FEATURES)}",
-                )
         case DecoupledDmd():
             _check_times(objective.renoise, "objective.renoise")
             _check_times(objective.augmentation_renoise, "objective.augmentation_renoise")
@@ -170,10 +164,6 @@ def check_objective(recipe: Recipe, grid: tuple[float, ...]) -> None:
                 )
         case Consistency():
             pass
-
-
-WITH_FEATURES = ("lab", "folder")
-"""Model families whose networks show hidden features (`objectives.gan.Features`)."""
 
 
 def _check_times(times: Renoise, field: str) -> None:
@@ -204,11 +194,7 @@ def _check_anchor(recipe: Recipe, anchor: Anchor) -> None:
             field="objective.anchor",
             hint="the target is a state on the way, such as 5 of 30",
         )
-    lacking = [
-        task
-        for task, weight in recipe.data.mixture.items()
-        if weight > 0 and task not in recipe.teachers[init].tasks
-    ]
+    lacking = [t for t in recipe.data.trained() if t not in recipe.teachers[init].tasks]
     if anchor.weight > 0 and lacking:
         raise RecipeError(
             f"the teacher {init!r} is to make the target, but lacks the task {lacking[0]!r}",

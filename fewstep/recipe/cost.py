@@ -4,6 +4,7 @@ One unit of cost is one forward evaluation of the network on one sample (NFE); a
 counts as two.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 from fewstep.recipe.facts import Machine, ModelSize
@@ -146,9 +147,10 @@ def _parts(
     if isinstance(objective, Dmd):
         anchor = _anchor_nfe(recipe, objective, task, steps)
     if isinstance(objective, Dmd2):
-        # The student needs the gradient at the sample alone, half of a backward pass; the fake
-        # score trains on a real and a student's image each time.
-        gan = FEATURES * (1 + BACKWARD / 2) + objective.fake_updates * 2 * FEATURES * (1 + BACKWARD)
+        # The student needs the gradient at the sample alone: half of a backward pass, or all of it
+        # where the weights are frozen. The fake score trains on a real and a student's image.
+        slope = back if recipe.model.is_real and recipe.model.roles.kind == "lora" else back / 2
+        gan = FEATURES * (1 + slope) + objective.fake_updates * 2 * FEATURES * (1 + back)
     return {
         "nfe_rollout": rollout,
         "nfe_student_backward": back,
@@ -223,8 +225,7 @@ def estimate_memory(
     student = weights * (5 if recipe.ema else 4)
     # Without a fake score its copy of the weights lies idle.
     fake = weights * (1 if isinstance(recipe.objective, Consistency | TrajectoryRegression) else 4)
-    if isinstance(recipe.objective, Dmd2):
-        fake += 16 * (model.width**2 + 4 * model.width + 1)
+    fake += _head_bytes(recipe.objective, model.width)
     width = 1 if recipe.precision == "bf16" else 2
     longest = max(tokens(model, task) for task in tasks)
     per_sample = ACTIVATION_BYTES * width * longest * model.width * model.depth
@@ -241,6 +242,11 @@ def estimate_memory(
         activations=activations,
         total=student + fake + frozen + activations,
     )
+
+
+def _head_bytes(objective: Objective, width: int) -> int:
+    """Of a discriminator's head (`objectives.gan.Head`): weights, gradients and two moments."""
+    return 16 * (width**2 + 4 * width + 1) if isinstance(objective, Dmd2) else 0
 
 
 CONTEXT = 2**30
@@ -260,14 +266,18 @@ def _measured_memory(recipe: Recipe, model: ModelSize) -> Memory:
     narrow = 2 if recipe.precision == "bf16" else 4
     trains_fake = not isinstance(recipe.objective, Consistency | TrajectoryRegression)
     student = wide * (5 if recipe.ema else 4)
-    fake = wide * (3 if trains_fake else 1)
+    fake = wide * (3 if trains_fake else 1) + _head_bytes(recipe.objective, model.width)
     frozen = narrow * (model.params * (model.networks or 1) + model.loras)
     autoencoder = narrow * model.autoencoder
     used = model.passes.values()
-    update = max(max(p.training_bytes, p.kept_bytes + p.forward_bytes) for p in used)
+    # Two halves of the network, for a discriminator, are kept beside the fake score's own loss.
+    halves = 1 if isinstance(recipe.objective, Dmd2) else 0
+    update = max(
+        max(p.training_bytes + halves * p.kept_bytes, p.kept_bytes + p.forward_bytes) for p in used
+    )
     per_image = max(p.forward_bytes for p in used) / recipe.budget.micro_batch
     sampling = max(
-        images_at_once(recipe) * per_image,
+        largest_batch(recipe) * per_image,
         max(p.decoder_bytes for p in used),
     )
     coming = round(max(update, sampling, wide))
@@ -283,16 +293,16 @@ def _measured_memory(recipe: Recipe, model: ModelSize) -> Memory:
     )
 
 
-EVALUATION_BATCH = 32
-"""Images that `evals.runner` draws at once."""
+def largest_batch(recipe: Recipe) -> int:
+    """The most images that sample grids, probes and the evaluation draw in one batch.
 
-
-def images_at_once(recipe: Recipe) -> int:
-    """The most that sample grids, probes and the evaluation draw in one batch."""
+    Grids and probes draw a category at a time, the evaluation a task.
+    """
     probe, spec = recipe.log.probe, recipe.evaluation
-    cases = spec.per_category * spec.seeds_per_case
-    return max(
+    categories = Counter(task for task, _ in recipe.data.conditions())
+    asked = max(
         recipe.log.sample_seeds,
         probe.per_category * probe.seeds if probe else 0,
-        min(EVALUATION_BATCH, cases),
+        spec.per_category * spec.seeds_per_case * max(categories.values()),
     )
+    return min(recipe.images_at_once, asked)

@@ -72,12 +72,45 @@ def _checked(data: dict[str, Any], origins: Origins, schema: type[T], *, default
     try:
         return schema.model_validate(data)
     except ValidationError as error:
+        for keys, (what, hint) in _OTHERS.items():
+            if keys <= data.keys() and not keys & schema.model_fields.keys():
+                raise RecipeError(f"is {what}", where=default, hint=hint) from None
         raise _explain(error, schema, origins, default=default) from None
+
+
+_OTHERS = {
+    frozenset({"teachers", "student"}): ("a recipe", "`fewstep distill` takes it"),
+    frozenset({"base", "variants"}): ("a study", "`fewstep sweep` takes it"),
+    frozenset({"source", "composition"}): ("a teacher's recipe", "`fewstep teach` takes it"),
+    frozenset({"templates", "grid"}): ("a spec of prompts", "`fewstep prompts write` takes it"),
+}
+"""Files of one shape that are given where another belongs, by keys that no other shape has."""
 
 
 def dump_yaml(model: BaseModel) -> str:
     """The model as YAML that `load_yaml` reads back to an equal model."""
-    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return _as_yaml(model.model_dump(mode="json"))
+
+
+def dump_brief_yaml(model: BaseModel) -> str:
+    """The same without nulls that are defaults, and without sections that had nothing else."""
+    least = model.model_dump(mode="json", exclude_defaults=True)
+    return _as_yaml(_brief(model.model_dump(mode="json"), least))
+
+
+def _brief(whole: Any, least: Any) -> Any:
+    """`whole` without what is empty in it and absent from `least`, which has no defaults."""
+    if isinstance(whole, dict):
+        asked = least if isinstance(least, dict) else {}
+        found = {key: _brief(value, asked.get(key)) for key, value in whole.items()}
+        return {key: v for key, v in found.items() if key in asked or v not in (None, {})}
+    if isinstance(whole, list) and isinstance(least, list):
+        return [_brief(one, other) for one, other in zip(whole, least, strict=True)]
+    return whole
+
+
+def _as_yaml(content: dict[str, Any]) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _read(path: Path, *, chain: tuple[Path, ...]) -> Loaded:
@@ -264,6 +297,11 @@ def _explain(
         elif kind == "string_pattern_mismatch":
             problem = f"{value!r} is no name"
             hint = "use letters, digits, '_', '-' and '.', and start with a letter or a digit"
+        elif kind in ("int_parsing", "int_type", "float_parsing", "float_type"):
+            problem = f"{value!r} is no {'whole ' if kind.startswith('int') else ''}number"
+            hint = _as_whole(value) if kind.startswith("int") else ""
+        elif kind in ("model_type", "model_attributes_type", "dict_type"):
+            problem, hint = f"{value!r} holds no `key: value` pairs", _as_mapping(annotation)
         else:
             message = entry["msg"].replace("Input should", "should")
             problem = message if isinstance(value, dict | list) else f"{value!r} {message}"
@@ -272,6 +310,24 @@ def _explain(
         return found[0]
     lines = "\n".join(f"  {entry}" for entry in found)
     return RecipeError(f"{len(found)} mistakes\n{lines}", where=default)
+
+
+def _as_whole(value: Any) -> str:
+    """YAML takes 1e3 for a word, and a whole number may come as one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return ""
+    return f"write {number:.0f}" if number.is_integer() else ""
+
+
+def _as_mapping(annotation: Any) -> str:
+    """What to write where a mapping belongs."""
+    tags = _tags(annotation)
+    if tags:
+        return f"such as {{kind: {tags[0]}}}; kinds: {', '.join(tags)}"
+    names = _fields(annotation)
+    return f"its keys: {', '.join(names)}" if names else ""
 
 
 class Location(NamedTuple):

@@ -14,6 +14,7 @@ from fewstep.recipe.checks import check_objective, check_probe, check_source, ch
 from fewstep.recipe.cost import Cost, Memory, estimate_cost, estimate_memory
 from fewstep.recipe.facts import Facts, Machine, ModelSize, gather_facts
 from fewstep.recipe.guidance import Guidance, real_score_nfe, resolve_guidance
+from fewstep.recipe.judging import JudgePlan, plan_judge
 from fewstep.recipe.real_checks import check_model
 from fewstep.recipe.schema import (
     TASKS,
@@ -93,6 +94,8 @@ class Plan(Strict):
     memory: Memory
     size: Size | None = None
     """Of a real model."""
+    judge: JudgePlan | None = None
+    """Where an endpoint judges."""
     notes: tuple[str, ...] = ()
     """What to know before relying on these numbers."""
 
@@ -159,6 +162,7 @@ def make_plan(recipe: Recipe, machine: Machine, facts: Facts | None = None) -> P
             model=facts.model,
         ),
         size=_size(facts.model),
+        judge=plan_judge(recipe, steps=len(grid)),
         notes=(*facts.notes, *_device_notes(machine)),
     )
 
@@ -187,8 +191,9 @@ def _device_notes(machine: Machine) -> tuple[str, ...]:
     if machine.devices == 1:
         return ()
     return (
-        f"`fewstep distill` trains on one device; what is said of {machine.devices} is arithmetic "
-        "alone, without the time of communication",
+        f"{machine.devices} devices, each with the whole cast, when torchrun starts as many "
+        "processes (docs/distributed.md); the hours are arithmetic alone, without the time of "
+        "communication",
     )
 
 
@@ -254,11 +259,14 @@ def _batch_arithmetic(recipe: Recipe, *, devices: int) -> BatchPlan:
     unit = micro_batch * devices
     if batch % unit:
         fitting = [str(n * unit) for n in (batch // unit, batch // unit + 1) if n]
+        per_device, uneven = divmod(batch, devices)
+        fits = per_device < micro_batch and not uneven
+        smaller = f", or budget.micro_batch {per_device}" if fits else ""
         raise RecipeError(
             f"{batch} does not divide over micro_batch {micro_batch} x {devices} "
             f"device{'s' if devices > 1 else ''}",
             field="budget.batch",
-            hint=f"use {' or '.join(fitting)}",
+            hint=f"use {' or '.join(fitting)}{smaller}",
         )
     return BatchPlan(
         batch=batch, micro_batch=micro_batch, devices=devices, accumulation=batch // unit
@@ -269,9 +277,7 @@ def _resolve_quotas(
     recipe: Recipe, batch: BatchPlan
 ) -> tuple[tuple[TaskQuota, ...], tuple[PoolQuota, ...]]:
     """Exact numbers over the whole budget: micro-batches per task, samples per pool."""
-    mixture: dict[Task, float] = {
-        task: weight for task, weight in recipe.data.mixture.items() if weight > 0
-    }
+    mixture = recipe.data.trained()
     if not mixture:
         raise RecipeError("every weight is 0", field="data.mixture", hint="use t2i: 1, edit: 1")
     total = recipe.budget.updates * batch.accumulation

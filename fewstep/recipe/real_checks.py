@@ -3,7 +3,7 @@
 from fewstep.errors import RecipeError
 from fewstep.recipe.facts import Facts
 from fewstep.recipe.families import BASE, EDIT, MULTIPLE, PIPELINES, PipelineFacts
-from fewstep.recipe.schema import TASKS, Recipe, Task, Teacher
+from fewstep.recipe.schema import Recipe, Task, Teacher
 
 REAL_ONLY = ("path", "edit_path", "source_resolution", "cast")
 TEACHER_ONLY = ("lora", "negative", "template")
@@ -20,19 +20,13 @@ def check_model(recipe: Recipe, facts: Facts) -> None:
         raise RecipeError(
             f"{recipe.data.source.kind!r} data for a real model",
             field="data.source.kind",
-            hint="use kind: prompts, which needs no target images",
+            hint="use kind: prompts, whose rows may have real images too",
         )
     if facts.source_missing:
         raise RecipeError(
             f"there is no {recipe.data.source.path}",
             field="data.source.path",
             hint="give a file of prompts, or a folder with captions.jsonl and/or edits.jsonl",
-        )
-    if recipe.objective.kind in ("dmd2", "consistency"):
-        raise RecipeError(
-            f"{recipe.objective.kind} needs real target images, which prompts do not have",
-            field="objective.kind",
-            hint="use dmd, decoupled_dmd, tdm or trajectory_regression",
         )
 
 
@@ -94,8 +88,8 @@ def _check_folders(recipe: Recipe, facts: Facts) -> None:
             field="model.edit_path",
             hint=f"give a {' or '.join(able)}" if able else "leave it out",
         )
-    for task in TASKS:
-        if recipe.data.mixture.get(task, 0) > 0 and task not in able_tasks(recipe, facts):
+    for task in recipe.data.trained():
+        if task not in able_tasks(recipe, facts):
             _refuse_task(recipe, task, known)
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fewstep.recipe.cost import Cost, Memory
 from fewstep.recipe.guidance import Guidance
+from fewstep.recipe.judging import JudgePlan
 from fewstep.recipe.plan import Plan, Size
 from fewstep.recipe.schema import LambdaTable
 
@@ -23,6 +24,7 @@ def render_plan(plan: Plan) -> RenderableType:
         _batch_line(plan),
         *([_size_table(plan.size)] if plan.size else []),
         _cost_table(plan.cost, plan.updates),
+        *([_judge_line(plan.judge)] if plan.judge else []),
         _memory_table(plan.memory),
         *(f"[bold]note:[/bold] {escape(note)}" for note in plan.notes),
     )
@@ -118,7 +120,7 @@ def _size_table(size: Size) -> Table:
 
 
 def _cost_table(cost: Cost, updates: int) -> Table:
-    table = Table(title="cost, in network evaluations per sample and update", title_justify="left")
+    table = Table(title="cost in network evaluations (NFE)", title_justify="left")
     table.add_column("part")
     table.add_column("NFE", justify="right")
     parts = {
@@ -145,6 +147,13 @@ def _cost_table(cost: Cost, updates: int) -> Table:
         f"evaluation: {cost.evaluation_nfe:,.0f} NFE, about", _duration(cost.evaluation_seconds)
     )
     return table
+
+
+def _judge_line(judge: JudgePlan) -> str:
+    return (
+        f"judge: {escape(judge.model)}, up to {judge.images:,} images in {judge.requests:,} "
+        f"requests, {judge.parallel} at a time; answers that cannot be read are asked for again"
+    )
 
 
 def _memory_table(memory: Memory) -> Table:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Task = Literal["t2i", "edit"]
 TASKS: tuple[Task, ...] = ("t2i", "edit")
@@ -22,6 +22,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Room is left for the seeds that are counted up from it: generators end at 2**64."""
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -62,7 +64,7 @@ RealFamily = Literal[
 
 
 class Model(Strict):
-    family: Literal["lab", "folder"] | RealFamily
+    family: Literal["lab", "folder", RealFamily]
     """lab: the network of the bundled world; folder: one trained by `fewstep teach` on a folder;
     the others are real models, and what follows is for them."""
     path: str | None = None
@@ -159,9 +161,10 @@ class FolderSource(Strict):
 class PromptSource(Strict):
     kind: Literal["prompts"]
     path: Annotated[str, Field(min_length=1)]
-    """Prompts and edit instructions: a .txt, .jsonl, .csv, .parquet or .tar file, or a folder."""
+    """Prompts and edit instructions: a .txt, .jsonl, .csv, .parquet or .tar file, or a folder. For
+    objectives that learn from real images, each training row names one (docs/cache.md)."""
     cache: str = CACHE
-    """Folder for encoded prompts and sources; outside `path`."""
+    """Folder for encoded prompts and images; outside `path`."""
 
 
 ImageSource = Annotated[LabSource | FolderSource, Field(discriminator="kind")]
@@ -192,6 +195,10 @@ class Data(Strict):
             (pool.task, pool.category) for pool in self.pools.values()
         ]
         return tuple(sorted(dict.fromkeys(declared), key=lambda entry: TASKS.index(entry[0])))
+
+    def trained(self) -> dict[Task, float]:
+        """The tasks that have a share of the mixture, in its order, with their weights."""
+        return {task: weight for task, weight in self.mixture.items() if weight > 0}
 
 
 class When(Strict):
@@ -376,18 +383,53 @@ class Log(Strict):
     """null = off."""
 
 
+class EndpointJudge(Strict):
+    """A vision-language model that scores the images: docs/judge.md."""
+
+    kind: Literal["endpoint"]
+    url: Annotated[str, Field(min_length=1)]
+    """OpenAI-compatible, such as http://localhost:8000/v1."""
+    model: Annotated[str, Field(min_length=1)]
+    """Its name at the endpoint."""
+    key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]*$")] | None = None
+    """Environment variable with the key; null = none is needed. A key is never in a recipe."""
+    answer: Literal["json_schema", "json_object", "text"] = "json_schema"
+    """How the endpoint is held to the form of the answer; it is checked in any case."""
+    repeats: Count = 1
+    """Judgements of each image, of which the mean counts."""
+    parallel: Annotated[int, Field(ge=1, le=256)] = 4
+    """Requests at a time."""
+    timeout: Positive = 180.0
+    """Seconds without an answer until a request is sent again."""
+    temperature: Share | None = 0.0
+    """null = not sent, for models that take none."""
+    seed: int | None = 0
+    """Another one for each judgement of an image; null = not sent."""
+    request: dict[str, JsonValue] = {}
+    """Further fields of every request, such as max_completion_tokens or reasoning_effort."""
+
+
+IMAGES_AT_ONCE = 32
+"""Default of `evaluation.batch`, for images of the lab's size."""
+
+
 class Evaluation(Strict):
     per_category: Count = 24
     """Cases per category, from the evaluation split."""
-    seed: int = 1000
+    seed: Seed = 1000
     seeds_per_case: Count = 1
+    batch: Count | None = None
+    """Images drawn at once, here, in sample grids and in probes; null = 32, for real models
+    budget.micro_batch. It decides memory and not what an image shows."""
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("teacher", "teacher_cut", "student")
     """`student`, `teacher`, `teacher_cut` (at the student's NFE); `teacher:<name>` for another."""
+    judge: EndpointJudge | None = None
+    """null = the world's own judge: lab and folder have one, real models none."""
 
 
 class Recipe(Strict):
     name: Word
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     model: Model
     teachers: Annotated[dict[Word, Teacher], Field(min_length=1)]
     student: Student
@@ -402,6 +444,13 @@ class Recipe(Strict):
     precision: Literal["bf16", "fp32"] = "bf16"
     log: Log = Log()
     evaluation: Evaluation = Evaluation()
+
+    @property
+    def images_at_once(self) -> int:
+        """`evaluation.batch`, or what it is by default."""
+        if self.evaluation.batch is not None:
+            return self.evaluation.batch
+        return self.budget.micro_batch if self.model.is_real else IMAGES_AT_ONCE
 
     def content_hash(self) -> str:
         """16 hex digits over every field that decides the student: not name, log or evaluation."""

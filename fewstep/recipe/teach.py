@@ -12,6 +12,7 @@ from fewstep.recipe.schema import (
     Fraction,
     ImageSource,
     Positive,
+    Seed,
     Share,
     Strict,
     Task,
@@ -51,7 +52,7 @@ class TeachLog(Strict):
 
 class TeachRecipe(Strict):
     name: Word
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     source: ImageSource
     init: str | None = None
     """Weights to start from: `bundled:<name>` or a path; null trains from scratch."""

@@ -16,9 +16,9 @@ from fewstep.errors import RunError
 from fewstep.evals.findings import TASK_TITLES, show_interval
 from fewstep.evals.report import write_whole
 from fewstep.recipe.facts import local_machine
-from fewstep.recipe.load import dump_yaml, load_recipe
+from fewstep.recipe.load import dump_brief_yaml, load_recipe
 from fewstep.recipe.plan import make_plan
-from fewstep.recipe.schema import TASKS, GuidanceRule, Recipe, Task
+from fewstep.recipe.schema import TASKS, GuidanceRule, Recipe
 from fewstep.study_report.read import Study, read_study
 from fewstep.study_report.verdicts import ERROR, judge
 
@@ -113,7 +113,8 @@ def choose(study: Study, aspect: Aspect) -> Choice | None:
         return None
     recipes = {role: _recipe_of(study, name) for role, name in present.items()}
     default = aspect.default if aspect.default in present else next(iter(present))
-    tasks = [t for t in study.tasks if any(_trains(recipe, t) for recipe in recipes.values())]
+    trained = {task for recipe in recipes.values() for task in recipe.data.trained()}
+    tasks = [task for task in study.tasks if task in trained]
     pairs = len(present) * (len(present) - 1) // 2
     level = 1 - ERROR / max(1, pairs * len(tasks))
     found = {
@@ -221,7 +222,7 @@ def compose(choices: dict[str, Choice]) -> Recipe:
     data: dict[str, Any] = {}
     composition = dict(start.data.composition)
     if (choice := choices.get("composition")) is not None:
-        for task in _trained(choice.recipe):
+        for task in choice.recipe.data.trained():
             composition[task] = choice.recipe.data.composition[task]
     data["composition"] = composition
     if (choice := choices.get("ratio")) is not None:
@@ -243,11 +244,11 @@ def annotate(recipe: Recipe, studies: Sequence[Study], choices: dict[str, Choice
     lines = ["# Written by `fewstep recommend`. What each choice rests on stands above its field."]
     for study in studies:
         verdicts = ", ".join(f"takeaway {t.number} {t.verdict}" for t in judge(study))
-        lines += _comment(f"{study.name} ({study.path}): {verdicts}; judge {study.judge}", "")
+        lines += _comment(f"{study.name}: {verdicts}; judge {study.judge}", "")
     absent = [aspect for aspect in ASPECTS if aspect.name not in choices]
     for aspect in absent:
         lines += _comment(f"{aspect.field}: no study of it was given; as in the base recipe", "")
-    text = dump_yaml(recipe)
+    text = dump_brief_yaml(recipe)
     for choice in choices.values():
         *_, key = choice.aspect.field.split(".")
         indent = "  " * choice.aspect.field.count(".")
@@ -278,7 +279,7 @@ def _agree(found: Sequence[Choice]) -> Choice:
 def _part(choice: Choice) -> object:
     recipe = choice.recipe
     if choice.aspect.name == "composition":
-        return {task: recipe.data.composition[task] for task in _trained(recipe)}
+        return {task: recipe.data.composition[task] for task in recipe.data.trained()}
     if choice.aspect.name == "ratio":
         total = sum(recipe.data.mixture.values())
         return {task: round(weight / total, 6) for task, weight in recipe.data.mixture.items()}
@@ -287,7 +288,7 @@ def _part(choice: Choice) -> object:
 
 def _rules(chosen: Recipe, start: Recipe) -> tuple[GuidanceRule, ...]:
     """The chosen rules for the tasks they were trained with, the base recipe's for the rest."""
-    trained = _trained(chosen)
+    trained = sorted(chosen.data.trained(), key=TASKS.index)
     if set(trained) == set(TASKS):
         return chosen.guidance
     narrowed = []
@@ -297,14 +298,6 @@ def _rules(chosen: Recipe, start: Recipe) -> tuple[GuidanceRule, ...]:
                 when = rule.when.model_copy(update={"task": task})
                 narrowed.append(rule.model_copy(update={"when": when}))
     return (*narrowed, *(rule for rule in start.guidance if rule.when.task not in trained))
-
-
-def _trained(recipe: Recipe) -> list[Task]:
-    return [task for task in TASKS if recipe.data.mixture.get(task, 0) > 0]
-
-
-def _trains(recipe: Recipe, task: str) -> bool:
-    return task in _trained(recipe)
 
 
 def _recipe_of(study: Study, variant: str) -> Recipe:

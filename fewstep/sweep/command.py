@@ -45,6 +45,11 @@ def sweep(
     `only` counts the cells from 0; the reference models come after the last cell. Raises
     CellsFailed when some cells failed, after all others have run.
     """
+    if environment.get("WORLD_SIZE", "1") != "1":
+        raise RunError(
+            "torchrun has started several sweeps, which would run the same cells; start one, "
+            "without torchrun or with --nproc-per-node 1"
+        )
     study = load_study(study_path, overrides)
     cells = make_cells(study)
     reference = make_reference(study, cells)

@@ -160,6 +160,7 @@ class _Queue:
     ) -> Running:
         now = identity_of(cell)
         if now != self.planned[cell.name]:
+            claim.close()
             raise RunError(
                 f"{difference(self.planned[cell.name], now)} since this sweep began: {cell.name} "
                 "would not be comparable with the cells before it; start the sweep again"

@@ -224,7 +224,8 @@ def lock(folder: Path) -> TextIO | None:
 def identity_of(cell: Cell | Reference) -> Identity:
     recipe = cell.recipe
     log = recipe.log.model_dump(mode="json")
-    measured = {"evaluation": recipe.evaluation.model_dump(mode="json"), "probe": log["probe"]}
+    evaluation = recipe.evaluation.model_dump(mode="json", exclude={"batch"})  # shows no difference
+    measured = {"evaluation": evaluation, "probe": log["probe"]}
     return Identity(recipe.content_hash(), _digest(measured), code_hash(recipe))
 
 

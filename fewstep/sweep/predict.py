@@ -174,8 +174,9 @@ def _images(recipe: Recipe) -> int:
 def _probed(recipe: Recipe) -> int:
     """Images of one probe, which draws for the trained tasks alone."""
     probe = recipe.log.probe
-    trained = [task for task, _ in recipe.data.conditions() if recipe.data.mixture.get(task, 0)]
-    return probe.per_category * probe.seeds * len(trained) if probe else 0
+    trained = recipe.data.trained()
+    conditions = sum(task in trained for task, _ in recipe.data.conditions())
+    return probe.per_category * probe.seeds * conditions if probe else 0
 
 
 def _probes(recipe: Recipe) -> int:

@@ -1,4 +1,7 @@
-"""The loop around one update: draw, update, now and then log, sample, save. Resumes bit for bit."""
+"""The loop around one update: draw, update, now and then log, sample, save. Resumes bit for bit.
+
+Every rank runs it; what is one thing of all of them is said by `train.ranks`.
+"""
 
 import json
 import time
@@ -23,6 +26,7 @@ from fewstep.train.checkpoint import LAST, forget_after, load_last, save_state
 from fewstep.train.ema import Ema
 from fewstep.train.instruments import Metrics
 from fewstep.train.methods import RealBatch, Update, WalkBatch, make_method, teacher_states
+from fewstep.train.ranks import ALONE, Ranks
 from fewstep.train.step import apply_gradients, warmed
 from fewstep.train.walks import Walk, Walks
 
@@ -46,7 +50,8 @@ class Distillation:
 
     Two mixtures: the student's, whose quotas the plan promises exactly, and the fake score's, which
     follows the same proportions at its own pace. `control` draws what steers the program (the step
-    k) and is the same on every rank; `noise` makes data.
+    k); `noise` makes data. All of it is the same on every rank, which takes its share of each draw:
+    a state knows nothing of how many there are.
     """
 
     def __init__(
@@ -56,8 +61,11 @@ class Distillation:
         recipe: Recipe,
         plan: Plan,
         shape: tuple[int, ...],
+        ranks: Ranks = ALONE,
     ) -> None:
+        assert plan.batch.devices == ranks.world, "a plan is for as many devices as there are"
         self.cast, self.pools, self.recipe, self.plan, self.shape = cast, pools, recipe, plan, shape
+        self.ranks = ranks
         self.student_optimiser = make_adam(cast.student, recipe.optim.student)
         self.method = make_method(cast, recipe)
         self.fake_optimiser = make_adam(cast.fake, recipe.optim.fake)
@@ -76,8 +84,7 @@ class Distillation:
         sizes: dict[Task, dict[str, int]] = {"t2i": {}, "edit": {}}
         for name, pool in self.pools.items():
             sizes[pool.task][name] = len(pool)
-        tasks: dict[Task, float] = {task: w for task, w in data.mixture.items() if w > 0}
-        return Mixture(tasks, data.composition, sizes, seed=2 * self.recipe.seed + offset)
+        return Mixture(data.trained(), data.composition, sizes, seed=2 * self.recipe.seed + offset)
 
     def draw(self, role: str) -> tuple[Batch, int]:
         """The next micro-batch for `role` and the step k at which the student answers."""
@@ -88,15 +95,21 @@ class Distillation:
         return batch, int(torch.randint(len(self.plan.grid), (), generator=self.control))
 
     def _draw(self, role: str) -> tuple[tuple[str, ...], list[int]]:
-        draw = self.mixtures[role].next(self.plan.batch.micro_batch)
+        """The micro-batch of all ranks together."""
+        draw = self.mixtures[role].next(micro_batch_of_all(self.plan))
         return draw.pools, draw.indices.tolist()
 
     def _gather(self, names: tuple[str, ...], indices: list[int]) -> Batch:
+        """This rank's share of them."""
+        share = self.ranks.share
+        names, indices = share.take(names), share.take(indices)
         pools = [self.pools[name] for name in names]
         cond, target = pools[0].gather(pools, indices)
         device = next(self.cast.student.parameters()).device
         parts = pools[0].task, tuple(p.category for p in pools), cond.to(device), self.shape
-        return Batch(*parts) if target is None else RealBatch(*parts, target.to(device))
+        if target is None:
+            return Batch(*parts, share=share)
+        return RealBatch(*parts, target.to(device), share=share)
 
     def _next_walk(self, walks: Walks, role: str) -> Batch:
         def make() -> Walk:
@@ -104,12 +117,12 @@ class Distillation:
             batch = self._gather(*drawn)
             with mixed_precision(self):
                 states = teacher_states(self.cast, batch, self.plan, self.recipe, self.noise)
-            return Walk(*drawn, states.cpu())
+            return Walk(*drawn, self.ranks.gather_rows(states, dim=1))
 
         walk = walks.next(make)
         b = self._gather(walk.pools, walk.indices)
-        states = walk.states.to(b.cond.device)
-        return WalkBatch(b.task, b.categories, b.cond, b.shape, states)
+        states = b.share.take(walk.states.transpose(0, 1)).transpose(0, 1).to(b.cond.device)
+        return WalkBatch(b.task, b.categories, b.cond, b.shape, states, share=b.share)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -147,15 +160,31 @@ class Distillation:
             self.head_optimiser.load_state_dict(state["head_optimiser"])
         if self.walks:
             self.walks.load_state_dict(state["walks"])
+            self._check_walks(self.walks)
         self.control.set_state(state["control"])
         self.noise.set_state(state["noise"])
+
+    def _check_walks(self, walks: Walks) -> None:
+        """They were made in micro-batches of all ranks, which cannot be shared out otherwise."""
+        before, now = {len(walk.indices) for walk in walks.made}, micro_batch_of_all(self.plan)
+        if before - {now}:
+            devices = max(before) // self.plan.batch.micro_batch
+            raise CheckpointError(
+                f"the checkpoint's trajectories were made by {devices} devices, and this run has "
+                f"{self.ranks.world}; resume with {devices}"
+            )
+
+
+def micro_batch_of_all(plan: Plan) -> int:
+    """Samples that all devices work on at the same time."""
+    return plan.batch.micro_batch * plan.batch.devices
 
 
 def make_walks(recipe: Recipe, plan: Plan) -> Walks | None:
     """Where the teacher's trajectories are kept, if the objective has any."""
     if not isinstance(recipe.objective, TrajectoryRegression):
         return None
-    return Walks(recipe.objective.trajectories // (plan.batch.micro_batch * plan.batch.devices))
+    return Walks(recipe.objective.trajectories // micro_batch_of_all(plan))
 
 
 def make_adam(module: Trainable, settings: Adam) -> torch.optim.AdamW:
@@ -176,33 +205,38 @@ def train_step(d: Distillation) -> Metrics:
     for _ in range(d.method.fake_updates):
         assert d.method.fake
         rows += accumulate(d, d.method.fake, "fake", plan)
-        norm = apply_gradients(cast.fake, d.fake_optimiser, recipe.optim.fake, fake_lr, "fake")
+        settings = recipe.optim.fake, fake_lr
+        norm = apply_gradients(cast.fake, d.fake_optimiser, *settings, "fake", d.ranks)
         rows.append({"grad_norm/fake": norm})
-        if d.method.head and d.head_optimiser:
-            apply_gradients(
-                d.method.head, d.head_optimiser, recipe.optim.fake, fake_lr, "fake.discriminator"
-            )
+        if head := d.method.head:
+            assert d.head_optimiser
+            apply_gradients(head, d.head_optimiser, *settings, "fake.discriminator", d.ranks)
     rows += accumulate(d, d.method.student, "student", plan)
-    lr = warmed(recipe.optim.student.lr, d.step, recipe.optim.warmup)
-    norm = apply_gradients(cast.student, d.student_optimiser, recipe.optim.student, lr, "student")
+    settings = recipe.optim.student, warmed(recipe.optim.student.lr, d.step, recipe.optim.warmup)
+    norm = apply_gradients(cast.student, d.student_optimiser, *settings, "student", d.ranks)
     if d.ema:
         d.ema.update(cast.student)
     d.step += 1
-    metrics = mean_of(rows)  # before `observe`: over all ranks, so that lambda moves alike on each
+    metrics = mean_of(rows)  # of all ranks, so that lambda moves alike on each
     metrics |= d.schedule.observe(d.step, metrics)
-    return metrics | {"grad_norm/student": norm, "lr/student": lr}
+    return metrics | {"grad_norm/student": norm, "lr/student": settings[1]}
 
 
 def accumulate(d: Distillation, update: Update, role: str, plan: Plan) -> list[Metrics]:
-    """Gradients of `update` over the micro-batches of one optimiser step, and what they told."""
-    rows = []
-    for _ in range(plan.batch.accumulation):
-        batch, k = d.draw(role)
-        with mixed_precision(d):
-            loss, metrics = update(d.cast, batch, k, plan, d.recipe, d.noise)
-        (loss / plan.batch.accumulation).backward()
-        rows.append(metrics)
-    return rows
+    """Gradients of `update` over the micro-batches of one optimiser step, and what they told on all
+    ranks. A value that is not finite on one of them stops all."""
+
+    def compute() -> list[Metrics]:
+        rows = []
+        for _ in range(plan.batch.accumulation):
+            batch, k = d.draw(role)
+            with mixed_precision(d):
+                loss, metrics = update(d.cast, batch, k, plan, d.recipe, d.noise)
+            (loss / plan.batch.accumulation).backward()
+            rows.append(metrics)
+        return rows
+
+    return d.ranks.collect(compute)
 
 
 def mixed_precision(d: Distillation) -> torch.autocast:
@@ -230,7 +264,8 @@ def distil(
 ) -> None:
     """Run to the end of the budget; metrics.jsonl and complete states go into `out`.
 
-    What `on_probe` returns is logged with the step that it was asked at.
+    What `on_probe` returns is logged with the step that it was asked at. Only the lead draws, and
+    only the lead saves; the others wait, and what they log is for no one.
     """
     log, last = d.recipe.log, d.plan.updates
     log_due, sample_due, save_due = (
@@ -242,27 +277,44 @@ def distil(
             begun = time.perf_counter()
             metrics = train_step(d)
             metrics["seconds"] = time.perf_counter() - begun
-            probed = on_probe(d.step) if probe_due(d.step) else {}
+            probed = on_probe(d.step) if probe_due(d.step) and d.ranks.is_lead else {}
             if log_due(d.step) or probed:
                 metrics |= probed
                 file.write(json.dumps({"step": d.step, **metrics}) + "\n")
                 file.flush()
             on_step(d.step, metrics)
-            if sample_due(d.step):
+            if sample_due(d.step) and d.ranks.is_lead:
                 on_sample(d.step)
             if save_due(d.step):
-                save_state(d.state_dict(), out / LAST)
+                d.ranks.check_alike("the weights", lambda: checksum(d))
+                if d.ranks.is_lead:
+                    save_state(d.state_dict(), out / LAST)
+            d.ranks.wait()  # until the lead has drawn and written
+
+
+def checksum(d: Distillation) -> float:
+    """Equal on ranks that have the same weights, to the bit."""
+    roles = (d.cast.student, d.cast.fake)
+    return sum(p.detach().double().abs().sum().item() for r in roles for p in r.parameters())
 
 
 def resume(d: Distillation, out: Path) -> str:
     """Go on from the last whole state in `out` and forget metrics written after it.
 
-    Returns what the user should know about that state; empty when all is well.
+    All ranks read the same file. Returns what the user should know about that state; empty when all
+    is well.
     """
-    state, notice = load_last(out / LAST)
-    d.load_state_dict(state)
-    forget_after(out / "metrics.jsonl", d.step)
-    return notice
+
+    def load() -> list[str]:
+        state, notice = load_last(out / LAST)
+        d.load_state_dict(state)
+        return [notice]
+
+    notices = d.ranks.collect(load)
+    d.ranks.check_alike("the update of the last checkpoint", lambda: d.step)
+    if d.ranks.is_lead:
+        forget_after(out / "metrics.jsonl", d.step)
+    return notices[0]
 
 
 @contextmanager

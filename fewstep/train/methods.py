@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewstep.core.process import add_noise, euler_step, uniform_time
+from fewstep.core.process import add_noise, euler_step
 from fewstep.core.types import Batch, Condition, Denoiser, GuidedDenoiser
 from fewstep.errors import RunError
 from fewstep.guidance import real_denoised
@@ -34,7 +34,7 @@ from fewstep.recipe.schema import (
     Tdm,
     TrajectoryRegression,
 )
-from fewstep.rollout import rollout
+from fewstep.rollout import rollout, walk
 from fewstep.samplers import step
 from fewstep.train.instruments import Metrics
 from fewstep.train.step import (
@@ -42,6 +42,8 @@ from fewstep.train.step import (
     compare_scores,
     draw_noise,
     draw_renoising,
+    draw_rows,
+    draw_uniform,
     matching_loss,
     student_metrics,
     teacher_mix,
@@ -190,7 +192,7 @@ def decoupled_student(
     t, eps = draw_renoising(batch, objective.renoise, noise)
     times = objective.augmentation_renoise
     t_ca = augmentation_time(
-        uniform_time(len(batch), noise, x.device),
+        draw_uniform(batch, noise),
         low=times.low,
         high=times.high,
         shift=times.shift,
@@ -279,10 +281,7 @@ def next_state(
 ) -> tuple[Tensor, Tensor, float]:
     """The student's x_0 at step k with gradient, its Euler state at t_{k+1}, and that time."""
     now, then = (*plan.grid, 0.0)[k : k + 2]
-    state = start
-    with torch.no_grad():
-        for t, t_next in pairwise(plan.grid[: k + 1]):
-            state = step(state, cast.student, batch.cond, t, t_next)
+    state = walk(cast.student, start, batch.cond, plan.grid, k)
     t = torch.full((len(batch),), now, device=start.device)
     x = cast.student(state, t, batch.cond).float()
     return x, euler_step(state, x, t, torch.full_like(t, then)), then
@@ -295,7 +294,7 @@ def draw_between(
     assert isinstance(recipe.objective, Tdm)
     start, end = (*plan.grid, 0.0)[k : k + 2]
     low, high = interval(start, end, low=recipe.objective.low, high=recipe.objective.high)
-    u = uniform_time(len(batch), noise, batch.cond.device)
+    u = draw_uniform(batch, noise)
     return low + (high - low) * u, draw_noise(batch, noise)
 
 
@@ -311,7 +310,8 @@ def consistency_student(
     start, edge = (*plan.grid, 0.0)[k : k + 2]
     shift = recipe.teachers[recipe.student.init].shift
     times = torch.tensor(phase(start, edge, objective.substeps, shift), device=batch.cond.device)
-    n = torch.randint(objective.substeps, (len(batch),), generator=noise).to(times.device)
+    draw = partial(torch.randint, 0, objective.substeps, generator=noise)
+    n = draw_rows(batch, lambda count: draw((count,))).to(times.device)
     t, t_next = times[n], times[n + 1]
     x_t = add_noise(batch.target, draw_noise(batch, noise), t)
     landing = land(x_t, cast.student(x_t, t, batch.cond).float(), t, edge)

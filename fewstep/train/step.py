@@ -8,7 +8,7 @@ batch -> rollout(student, k) -> re-noise -> real = sum_m lambda[k][m](c) teacher
 The other objectives are in `train.methods`, in the same words; what all share is below.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -27,6 +27,7 @@ from fewstep.recipe.schema import Adam, DecoupledDmd, Dmd, Recipe, Renoise
 from fewstep.rollout import rollout
 from fewstep.samplers import shifted_grid, step
 from fewstep.train.instruments import Metrics, describe
+from fewstep.train.ranks import ALONE, Agreed, Ranks
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,20 @@ def first_step_loss(
 
 
 def apply_gradients(
-    module: Trainable, optimiser: torch.optim.Optimizer, settings: Adam, lr: float, name: str
+    module: Trainable,
+    optimiser: torch.optim.Optimizer,
+    settings: Adam,
+    lr: float,
+    name: str,
+    ranks: Ranks = ALONE,
 ) -> float:
-    """Clip, check, step, clear. Returns the gradient norm before clipping.
+    """Average over the ranks, clip, check, step, clear. Returns the norm before clipping.
 
-    A norm that is not finite stops the run before the weights are touched. `name` is the network's
-    and begins with the part of `optim` that its settings come from.
+    A norm that is not finite stops the run before the weights are touched, on all ranks, which have
+    the same one. `name` is the network's and begins with the part of `optim` that its settings come
+    from.
     """
+    ranks.average_gradients(module)
     limit = settings.clip if settings.clip is not None else float("inf")
     norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
     if not torch.isfinite(norm):
@@ -171,7 +179,7 @@ def apply_gradients(
             if p.grad is not None and not p.grad.isfinite().all()
         )
         settings_of = name.partition(".")[0]
-        raise RunError(
+        raise Agreed(
             f"the gradient of {name}.{broken} is not finite; nothing was updated, the last "
             f"checkpoint is kept; lower optim.{settings_of}.lr or raise optim.warmup, then use "
             "--resume"
@@ -185,15 +193,27 @@ def apply_gradients(
 
 def draw_noise(batch: Batch, generator: torch.Generator) -> Tensor:
     """Starting noise, made on the CPU so that every device draws the same."""
-    noise = torch.randn(len(batch), *batch.shape, generator=generator)
+    noise = draw_rows(batch, lambda n: torch.randn(n, *batch.shape, generator=generator))
     return noise.to(batch.cond.device)
+
+
+def draw_rows(batch: Batch, draw: Callable[[int], Tensor]) -> Tensor:
+    """This device's rows of what is drawn for all: several devices see what one with as large a
+    micro-batch would see, and their generators stay alike."""
+    return batch.share.take(draw(len(batch) * batch.share.of))
+
+
+def draw_uniform(batch: Batch, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1) for each sample."""
+    device = batch.cond.device
+    return draw_rows(batch, lambda n: uniform_time(n, generator, device))
 
 
 def draw_renoising(
     batch: Batch, times: Renoise, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """t ~ p_t for each sample, and fresh noise (eq. 3)."""
-    u = uniform_time(len(batch), generator, batch.cond.device)
+    u = draw_uniform(batch, generator)
     t = renoise_time(u, low=times.low, high=times.high, shift=times.shift)
     return t, draw_noise(batch, generator)
 

@@ -15,7 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fewstep import run
+from fewstep.commands.distill import distill
+from fewstep.commands.opening import open_ensemble, read_run
+from fewstep.commands.sample import sample
+from fewstep.contestants import NO_GUIDANCE, play_teacher, sampler
 from fewstep.errors import DataError, RecipeError
 from fewstep.models.cast import Role
 from fewstep.models.families.playback import play
@@ -153,7 +156,7 @@ def write(recipe: dict[str, Any], path: Path) -> Path:
 
 
 def distilled(recipe: dict[str, Any], out: Path, **options: Any) -> Path:
-    run.distill(write(recipe, out.with_suffix(".yaml")), out=out, overrides={}, **options)
+    distill(write(recipe, out.with_suffix(".yaml")), out=out, overrides={}, **options)
     return out
 
 
@@ -180,7 +183,7 @@ def test_a_joint_distillation_from_cache_to_stock_playback(
     assert told["grid"] == list(shifted_grid(4, 3.0)) and told["tasks"] == list(BOTH)
     assert any(value.any() for key, value in load_file(student).items() if ".lora_B." in key)
     rows = [json.loads(line) for line in (whole / "eval/rows.jsonl").read_text().splitlines()]
-    assert {row["status"] for row in rows} == {"unscored: no judge of real images is set up"}
+    assert {row["status"] for row in rows} == {"unscored: the recipe names no evaluation.judge"}
     assert all(row["score"] is None and (whole / "eval" / row["image"]).is_file() for row in rows)
     assert (whole / "report.html").is_file() and (whole / "images/step_000004.png").is_file()
     assert not any(
@@ -198,11 +201,11 @@ def test_a_joint_distillation_from_cache_to_stock_playback(
     picture = tmp_path / "seen.png"
     ask = {"prompts": ["A cat at night"], "prompt_file": None, "source": None, "instruction": None}
     options = {"seeds": [7], "out": picture, "model": "student", "steps": None}
-    run.sample(whole, **ask, **options)
+    sample(whole, **ask, **options)
     assert picture.is_file()
     Image.fromarray(np.zeros((64, 128, 3), np.uint8)).save(tmp_path / "source.png")
     ask |= {"prompts": [], "source": tmp_path / "source.png", "instruction": "make it blue"}
-    run.sample(whole, **ask, **options)
+    sample(whole, **ask, **options)
     check_playback(whole, folder(started), family)
 
 
@@ -224,14 +227,14 @@ def kill_after(patch: pytest.MonkeyPatch, updates: int) -> None:
 
 def check_playback(out: Path, base: Path, family: str) -> None:
     """Stock diffusers with the LoRA and a shift-3 scheduler draws what fewstep's sampler draws."""
-    recipe, plan = run.read_run(out)
-    ensemble = run.open_ensemble(recipe)
+    recipe, plan = read_run(out)
+    ensemble = open_ensemble(recipe)
     assert isinstance(ensemble, RealEnsemble)
     student, domain = ensemble.student(out / "student.safetensors"), ensemble.open_domain()
     task, prompt = ("edit", "make it blue") if family == "qwen_image" else ("t2i", "A cat at night")
     image = np.asarray(fixtures.source(128, 64, 1))
     cond = domain.condition([prompt], [image] if task == "edit" else None)
-    draw = run.sampler(student, run.NO_GUIDANCE, plan.grid, recipe.precision, ensemble.device)
+    draw = sampler(student, NO_GUIDANCE, plan.grid, recipe.precision, ensemble.device)
     found = draw(domain.noise(5)[None], cond, task)
     for reader, wanted in (("student", True), ("base", False)):
         pipe: Any = stock_pipeline(base)
@@ -307,7 +310,7 @@ def test_every_family_distils(
 @pytest.mark.slow
 def test_teachers_share_networks_and_read_their_own_words(place: Path, folder: Any) -> None:
     recipe, _ = planned(recipe_of(place, folder, "qwen_image_21"), place)
-    ensemble = run.open_ensemble(recipe)
+    ensemble = open_ensemble(recipe)
     cast = ensemble.cast(["base", "words"])
     assert isinstance(ensemble, RealEnsemble)
     shared = ensemble.shared("base")
@@ -346,9 +349,9 @@ def test_the_multi_step_reference_is_the_pipeline_itself(place: Path, folder: An
     """`grid: pipeline` and the family's guidance: what `playback.play` draws, which is held to the
     pipelines by test_parity."""
     recipe, _ = planned(recipe_of(place, folder, "qwen_image_21"), place)
-    ensemble = run.open_ensemble(recipe)
+    ensemble = open_ensemble(recipe)
     assert isinstance(ensemble, RealEnsemble)
-    player = run.play_teacher("base", recipe, ensemble)
+    player = play_teacher("base", recipe, ensemble)
     domain = ensemble.open_domain()
     cond = domain.condition(["A cat"], None)
     found = player.draw(domain.noise(3)[None], cond, "t2i")
@@ -370,7 +373,6 @@ def test_the_multi_step_reference_is_the_pipeline_itself(place: Path, folder: An
         ("sana", {"model__source_resolution": 96}, r"leave it out"),
         ("sana", {"model__family": "lab"}, r"model.path.*not for the family 'lab'"),
         ("sana", {"data__source": {"kind": "lab"}}, r"use kind: prompts"),
-        ("sana", {"objective__kind": "dmd2"}, r"dmd2"),
         ("sana", {"teachers__words__template": "sharp"}, r"does not hold \{prompt\} once"),
         ("sana", {"teachers__words__lora": "none.safetensors"}, r"no LoRA file"),
         ("sana", {"teachers__words__weights": "elsewhere"}, r"elsewhere does not exist.*use base"),
@@ -422,4 +424,4 @@ def test_prompts_that_are_not_there_are_refused_by_name(
     recipe["data"]["pools"]["scene"]["size"] = 4
     loaded, _ = planned(recipe, place)
     with pytest.raises(DataError, match="no eval prompts of t2i/scene; there are none"):
-        run.open_ensemble(loaded).open_domain()
+        open_ensemble(loaded).open_domain()

@@ -8,7 +8,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from fewstep import run
+from fewstep.commands.distill import distill
+from fewstep.commands.export import export
+from fewstep.commands.opening import open_ensemble, read_run
 from fewstep.contestants import NO_GUIDANCE, play_student, sampler, student_weights
 
 from . import stock
@@ -61,12 +63,12 @@ def test_a_distilled_student_plays_in_stock_diffusers(kind, tmp_path, monkeypatc
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     out = tmp_path / "run"
     with stock.tiny_sources(), stock.processors_without_video():
-        run.distill(Path("recipe.yaml"), out=out, overrides={})
+        distill(Path("recipe.yaml"), out=out, overrides={})
         expected = own_latents(out)
         before = own_latents(out, trained=False)
     assert all(apart(a, b) > 0.05 for a, b in zip(expected, before))
     for to in ("lora", "diffusers") if kind == "lora" else ("diffusers",):
-        run.export(out, to=to, out=tmp_path / f"as_{to}", dtype=None, base=None)
+        export(out, to=to, out=tmp_path / f"as_{to}", dtype=None, base=None)
         played = stock.play(tmp_path / f"as_{to}")["latents"]
         assert len(played) == len(expected) == 2
         apart_by = [apart(a, b) for a, b in zip(played, expected)]
@@ -75,8 +77,8 @@ def test_a_distilled_student_plays_in_stock_diffusers(kind, tmp_path, monkeypatc
 
 def own_latents(out: Path, *, trained: bool = True) -> list[Tensor]:
     """What the run itself draws for the prompts and the seed in the card; or its base does."""
-    recipe, plan = run.read_run(out)
-    ensemble = run.open_ensemble(recipe)
+    recipe, plan = read_run(out)
+    ensemble = open_ensemble(recipe)
     draw = play_student(student_weights(out), recipe, plan, ensemble).draw
     if not trained:
         base = ensemble.teacher("base")

@@ -340,9 +340,9 @@ def test_trained_bytes_are_exact(tiny_recipe: Path) -> None:
 @pytest.mark.slow
 def test_a_whole_update_stays_within_the_plan(tiny_recipe: Path) -> None:
     """The allocator during fake and student updates, against activations and gradients."""
+    from fewstep.commands.distill import needed
     from fewstep.real.ensemble import RealEnsemble
     from fewstep.real.pipelines import Pipelines
-    from fewstep.run import needed
     from fewstep.train import loop
 
     changes = {
@@ -397,8 +397,18 @@ def test_cost_and_memory_follow_from_the_passes(tiny_recipe: Path) -> None:
     recipe = load_recipe(tiny_recipe, tiny_overrides(tiny_recipe) | changes)
     facts = measure(recipe, gather_facts(recipe), ("t2i",))
     made = facts.model.passes["t2i"]
-    apart = replace(made, kept_bytes=2 * made.training_bytes)  # so that neither sum hides the other
-    for passes in (made, apart):
+    # So that none of the moments hides the others.
+    trained = replace(made, kept_bytes=2 * made.training_bytes)
+    drawn = replace(made, forward_bytes=2 * made.training_bytes)
+    for passes, batch, images in (
+        (made, None, 1),  # as many as in training
+        (trained, None, 1),
+        (drawn, None, 1),
+        (drawn, 3, 3),
+        (drawn, 100, 4),  # log.sample_seeds, and evaluation.per_category
+    ):
+        drawing = recipe.evaluation.model_copy(update={"batch": batch})
+        recipe = recipe.model_copy(update={"evaluation": drawing})
         model = replace(facts.model, passes={"t2i": passes})
         plan = make_plan(recipe, ASSUMED, replace(facts, model=model))
         walked = 1.5 * passes.student_flop  # k = 0 .. 3 steps without gradient
@@ -410,7 +420,7 @@ def test_cost_and_memory_follow_from_the_passes(tiny_recipe: Path) -> None:
         moments = (
             passes.training_bytes,
             passes.kept_bytes + passes.forward_bytes,
-            4 * passes.forward_bytes,  # log.sample_seeds, and evaluation.per_category
+            images * passes.forward_bytes,
             passes.decoder_bytes,
             4 * (facts.model.trained or 0),
         )

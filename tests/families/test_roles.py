@@ -18,7 +18,6 @@ from torch import Tensor
 from fewstep.errors import CheckpointError, DataError, RecipeError
 from fewstep.guidance import classifier_free
 from fewstep.models.families.contract import FamilyCondition, Text
-from fewstep.models.families.playback import guided_denoised
 from fewstep.models.readings import Readings, answer_all, readings_of
 from fewstep.models.roles import (
     STUDENT,
@@ -346,7 +345,11 @@ def test_guidance_is_the_familys_own_away_from_the_readers_negative() -> None:
     for reader, read in ((STUDENT, cond), ("words", other)):
         teacher = FamilyRole(stage.family, stage.shared, reader=reader)
         found = classifier_free(teacher, stage.x_t, stage.t, both, 4.0)
-        wanted = guided_denoised(stage.family, stage.x_t, stage.t, read, 4.0, stage.pristine)
+        v, v_uncond = (
+            stage.family.velocity(stage.x_t, stage.t, text, stage.pristine)
+            for text in (read, read.without_text())
+        )
+        wanted = stage.x_t - stage.t.view(-1, 1, 1) * stage.family.cfg(v, v_uncond, 4.0)
         assert apart(found, wanted) <= 2e-6
         bare = classifier_free(teacher, stage.x_t, stage.t, both, 1.0)
         assert apart(bare, stage.family(stage.x_t, stage.t, read, stage.pristine)) <= 2e-6

@@ -4,7 +4,7 @@ What differs between families (t scale and rounding, sign, packing, order of the
 guidance) lives in the families and is not a parameter here.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -129,6 +129,18 @@ class FamilyCondition:
         return self.size, self.source_sizes, self.text.layout, negative
 
 
+@dataclass(frozen=True)
+class Trunk:
+    """Where the blocks of a family's network are, for what looks at it half-way."""
+
+    blocks: tuple[str, ...]
+    """Names of its lists of blocks, in the order in which they play."""
+    last: str
+    """Name of the layer after them, whose first argument is what they made."""
+    target: Callable[[Float[Tensor, "b l w"], Float[Tensor, "b *s"]], Float[Tensor, "b n w"]]
+    """(what they made, x_t) -> the tokens of the target, without those of text and sources."""
+
+
 @runtime_checkable
 class Family(Protocol):
     """One pipeline's components as a denoiser D(x_t, t, cond) -> x_0, plus what playback needs.
@@ -144,6 +156,9 @@ class Family(Protocol):
         """A pattern of the full names of the linear layers that a LoRA changes by default: those
         of attention and MLP in every block, without the modulation."""
         ...
+
+    @property
+    def trunk(self) -> Trunk: ...
 
     @property
     def tasks(self) -> tuple[str, ...]:

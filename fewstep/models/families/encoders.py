@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fewstep.errors import DataError, did_you_mean
 from fewstep.models.families.contract import Family
-from fewstep.models.families.open import FAMILIES, open_family, read_index, refuse_missing_folders
+from fewstep.models.families.open import FAMILIES, open_family, read_index, read_kind
 from fewstep.models.foreign import loading
 
 NOT_ENCODERS = ("transformer", "scheduler")
@@ -26,19 +25,6 @@ PACKAGES = ("diffusers", "transformers", "tokenizers", "pillow")
 
 Remember = Callable[[Path, str, Callable[[], Any]], Any]
 """(file, question, how to find out) -> the answer; `data.memo.Memo.get` is one."""
-
-
-def read_kind(folder: Path) -> str:
-    """The pipeline class that the folder's model_index.json names, if all of it is there."""
-    index = read_index(folder)
-    kind = str(index.get("_class_name"))
-    if kind not in FAMILIES:
-        raise DataError(
-            f"model: {folder} holds a {kind}, which is not supported; "
-            f"{did_you_mean(kind, FAMILIES)}"
-        )
-    refuse_missing_folders(folder, index, {})
-    return kind
 
 
 def weights_identity(folder: Path, remember: Remember) -> str:

@@ -14,6 +14,7 @@ from fewstep.models.families.contract import (
     Images,
     Size,
     Text,
+    Trunk,
     check_size,
 )
 from fewstep.models.families.playback import (
@@ -37,6 +38,11 @@ class Flux2Klein:
 
     tasks = ("t2i", "edit")
     lora_targets = r"(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context)\..*"
+    trunk = Trunk(
+        ("transformer_blocks", "single_transformer_blocks"),
+        "norm_out",  # after the text is gone
+        lambda h, x_t: h[:, : x_t.shape[1]],
+    )
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)

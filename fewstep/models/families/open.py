@@ -1,7 +1,7 @@
 """A folder with a diffusers pipeline -> its family, or a refusal that says what would work."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,7 @@ def open_family(
     handing those of the first to the second.
     """
     path, components = Path(path), dict(components or {})
-    index = read_index(path)
-    kind = index.get("_class_name")
-    if kind not in FAMILIES:
-        raise DataError(
-            f"{WHAT}: {path} holds a {kind or 'pipeline without _class_name'}, which is not "
-            f"supported; {did_you_mean(str(kind), FAMILIES)}"
-        )
-    refuse_missing_folders(path, index, components)
+    kind = read_kind(path, given=components)
     with loading(path, what=WHAT):
         import diffusers
 
@@ -69,6 +62,20 @@ def adapt(pipe: Any) -> Family:
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     return FAMILIES[kind](pipe)
+
+
+def read_kind(path: Path, *, given: Collection[str] = ()) -> str:
+    """The pipeline class that the folder's model_index.json names. DataError where it is of no
+    family, or where a component that it names, and that is not `given`, is missing."""
+    index = read_index(path)
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise DataError(
+            f"{WHAT}: {path} holds a {kind or 'pipeline without _class_name'}, which is not "
+            f"supported; {did_you_mean(str(kind), FAMILIES)}"
+        )
+    _refuse_missing_folders(path, index, given)
+    return kind
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -91,16 +98,14 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
-def refuse_missing_folders(
-    path: Path, index: Mapping[str, Any], components: Mapping[str, Any]
-) -> None:
+def _refuse_missing_folders(path: Path, index: Mapping[str, Any], given: Collection[str]) -> None:
     """Before a gigabyte is read: every component that the index names is there."""
     needed = [
         name
         for name, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
     ]
-    missing = [n for n in needed if n not in components and not (path / n).is_dir()]
+    missing = [n for n in needed if n not in given and not (path / n).is_dir()]
     if missing:
         raise DataError(
             f"{WHAT}: {path} lacks the folder{'s' if len(missing) > 1 else ''} "

@@ -104,19 +104,6 @@ def guided_velocity(
     return family.cfg(v, family.velocity(x_t, t, cond.without_text(), model), scale)
 
 
-def guided_denoised(
-    family: Family,
-    x_t: Tensor,
-    t: Float[Tensor, " b"],
-    cond: FamilyCondition,
-    scale: float,
-    model: Any = None,
-) -> Tensor:
-    """The teacher's x_0 under its own rule of guidance, in float32."""
-    v = guided_velocity(family, x_t, t, cond, scale, model)
-    return x0_from_v(x_t.float(), v.float(), t)
-
-
 @torch.no_grad()
 def play(
     family: Family,

@@ -17,6 +17,7 @@ from fewstep.models.families.contract import (
     Images,
     Size,
     Text,
+    Trunk,
     check_size,
     check_task,
     stack,
@@ -55,6 +56,7 @@ class QwenImage:
     """A Qwen-Image pipeline's components behind the contract of `Family`."""
 
     lora_targets = r"transformer_blocks\.\d+\.(attn|img_mlp|txt_mlp)\..*"
+    trunk = Trunk(("transformer_blocks",), "norm_out", lambda h, x_t: h[:, : x_t.shape[1]])
 
     def __init__(self, pipe: Any, *, tasks: tuple[str, ...], encode: Encode) -> None:
         check_scheduler(pipe.scheduler)

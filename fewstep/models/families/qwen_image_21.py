@@ -20,6 +20,7 @@ from fewstep.models.families.contract import (
     Prefix,
     Size,
     Text,
+    Trunk,
     check_size,
 )
 from fewstep.models.families.playback import (
@@ -48,6 +49,7 @@ class QwenImage21:
 
     tasks = ("t2i", "edit")
     lora_targets = r"transformer_blocks\.\d+\.(attn|img_mlp)\..*"
+    trunk = Trunk(("transformer_blocks",), "norm_out", lambda h, x_t: h[:, -x_t.shape[1] :])
 
     def __init__(self, pipe: Any, *, resolution: int = 1024) -> None:
         check_scheduler(pipe.scheduler)

@@ -20,6 +20,7 @@ from fewstep.models.families.contract import (
     Images,
     Size,
     Text,
+    Trunk,
     check_size,
     check_task,
 )
@@ -40,6 +41,7 @@ class Sana:
 
     tasks = ("t2i",)
     lora_targets = r"transformer_blocks\.\d+\.(attn1|attn2)\..*"
+    trunk = Trunk(("transformer_blocks",), "norm_out", lambda h, x_t: h)
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)

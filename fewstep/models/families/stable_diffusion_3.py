@@ -13,6 +13,7 @@ from fewstep.models.families.contract import (
     Images,
     Size,
     Text,
+    Trunk,
     check_size,
     check_task,
 )
@@ -39,6 +40,7 @@ class StableDiffusion3:
 
     tasks = ("t2i",)
     lora_targets = r"transformer_blocks\.\d+\.(attn2?|ff|ff_context)\..*"
+    trunk = Trunk(("transformer_blocks",), "norm_out", lambda h, x_t: h)
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)

@@ -13,6 +13,7 @@ from fewstep.models.families.contract import (
     Images,
     Size,
     Text,
+    Trunk,
     check_size,
     check_task,
     stack_texts,
@@ -43,6 +44,11 @@ class ZImage:
 
     tasks = ("t2i",)
     lora_targets = r"(noise_refiner|context_refiner|layers)\.\d+\.(attention|feed_forward)\..*"
+    trunk = Trunk(
+        ("layers",),  # the refiners before them are not counted
+        "all_final_layer.2-1",  # of patches of 2x2 latents of one frame
+        lambda h, x_t: h[:, : x_t.shape[2] * x_t.shape[3] // 4],
+    )
 
     def __init__(self, pipe: Any) -> None:
         check_scheduler(pipe.scheduler)

@@ -1,20 +1,46 @@
 """`fewstep cache`: encode what a recipe will ask for, before any network is loaded, and say so."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from fewstep.data.promptfiles import conversions
+from fewstep.commands.opening import open_pipelines
 from fewstep.data.tensorstore import Stored
+from fewstep.errors import RecipeError
 from fewstep.models.families.encoders import part_sizes
 from fewstep.real.domain import RealDomain
+from fewstep.recipe.facts import local_machine
+from fewstep.recipe.load import load_recipe
+from fewstep.recipe.plan import make_plan
 from fewstep.session import progress, say
 
 SHOWN = 8
 """Unused entries that are listed."""
 
 
+def cache(
+    recipe_path: Path,
+    *,
+    overrides: Mapping[str, str],
+    verify: bool,
+    prune: bool,
+    dry_run: bool,
+) -> None:
+    """Encode the prompts and sources of a recipe for real models."""
+    recipe = load_recipe(recipe_path, overrides)
+    make_plan(recipe, local_machine())  # for its refusals
+    if not recipe.model.is_real:
+        raise RecipeError(
+            f"there is nothing to encode beforehand for {recipe.model.family!r}",
+            field="model.family",
+            hint="`fewstep distill` keeps what it encodes by itself",
+        )
+    domain = RealDomain(recipe, open_pipelines(recipe), prepare=False)
+    cache_conditions(domain, verify=verify, prune=prune, dry_run=dry_run)
+
+
 def cache_conditions(domain: RealDomain, *, verify: bool, prune: bool, dry_run: bool) -> None:
     """`domain` has not encoded anything yet. A dry run opens no model and changes no file."""
-    for line in conversions(domain.records):
+    for line in domain.notices():
         say(line)
     tensors = domain.tensors
     if verify:
@@ -25,7 +51,7 @@ def cache_conditions(domain: RealDomain, *, verify: bool, prune: bool, dry_run: 
     jobs = list(domain.jobs(wanted))  # opens nothing yet
     keep = {key for job in jobs for sample in job.samples for key in job.store.keys(sample)}
     new = {key for key in keep if key not in tensors}
-    say(f"{len(keep)} texts and sources are wanted, {len(keep) - len(new)} are in {tensors.folder}")
+    say(f"{len(keep)} texts and images are wanted, {len(keep) - len(new)} are in {tensors.folder}")
     if dry_run:
         _estimate(domain)
     else:

@@ -15,14 +15,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
 from fewstep.errors import RecipeError, RunError
 
 J = TypeVar("J")
-Messages = list[dict[str, str]]
+R = TypeVar("R")
+Messages = Sequence[Mapping[str, Any]]
+"""`role`, and as `content` a text or a list of parts: texts and images."""
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Statuses that another try may cure; 529 is "overloaded" with some providers."""
 LONGEST_WAIT = 120.0
@@ -45,6 +47,18 @@ class Reply(NamedTuple):
     usage: Usage
     problem: str = ""
     """Why there is no text to use: refused by the endpoint, cut off, not in its format."""
+    served: str = ""
+    """The model that the endpoint says has answered."""
+    final: bool = False
+    """Refused: the same words again would be refused again."""
+
+
+class EndpointDown(RunError):
+    """No answer after every try; `reason` says why without the address."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class _Refused(Exception):
@@ -58,12 +72,15 @@ class _Passing(Exception):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def __init__(self, field: str) -> None:
+        self.field = field
+
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any):
         fp.close()
         parts = urllib.parse.urlsplit(newurl)
         raise RecipeError(
             f"{req.host} sends us on to {parts.scheme}://{parts.netloc}{parts.path}",
-            field="--endpoint",
+            field=self.field,
             hint="give that address if you trust it; a key is never sent on",
         )
 
@@ -72,6 +89,7 @@ class Endpoint:
     """`ask` may be called from several threads.
 
     `url` ends before /chat/completions. `pause` seconds before the second try, doubled each time.
+    `url_field` and `model_field` are what the user calls them, for messages.
     """
 
     def __init__(
@@ -84,52 +102,46 @@ class Endpoint:
         timeout: float = 120.0,
         tries: int = 6,
         pause: float = 1.0,
+        url_field: str = "--endpoint",
+        model_field: str = "--model",
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RecipeError(
-                f"{url!r} is no address",
-                field="--endpoint",
-                hint="such as http://localhost:8000/v1",
-            )
-        if parts.username or parts.password or parts.query:
-            raise RecipeError(
-                "an address with a user, a password or a query",
-                field="--endpoint",
-                hint=f"give the address alone and put the key into {key_name}",
-            )
+        self._url_field, self._model_field = url_field, model_field
+        check_address(url, field=url_field, key_name=key_name)
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.timeout, self.tries, self.pause = model, timeout, tries, pause
         if key and (not key.isascii() or not key.isprintable() or key != key.strip()):
             raise RecipeError("holds blanks or other characters no key has", field=key_name)
         self._key, self._key_name = key, key_name
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(_NoRedirects(url_field))
         self._reached = False
 
     def ask(self, messages: Messages, **fields: Any) -> Reply:
-        """One reply; RecipeError for a wrong key, model or address, RunError after `tries`."""
+        """One reply; RecipeError for a wrong key, model or address, EndpointDown after `tries`."""
         body = json.dumps({"model": self.model, "messages": messages, **fields}).encode()
         for tried in range(1, self.tries + 1):
             try:
                 return self._read(self._post(body))
             except _Refused as refused:
-                return Reply("", Usage(requests=1, unreported=1), str(refused))
+                usage = Usage(requests=1, unreported=1)
+                return Reply("", usage, str(refused), final=True)
             except _Passing as passing:
                 if passing.unreachable and not self._reached:
                     raise RecipeError(
                         f"{self.url} cannot be reached ({passing})",
-                        field="--endpoint",
+                        field=self._url_field,
                         hint="is the server running, and the address right?",
                     ) from None
                 if passing.wait > LONGEST_WAIT:
-                    raise RunError(
+                    raise EndpointDown(
                         f"{self.url} asks for a pause of {passing.wait:.0f} s ({passing}); what "
-                        "was written is kept, give the same command later"
+                        "was written is kept, give the same command later",
+                        f"asks for a pause of {passing.wait:.0f} s ({passing})",
                     ) from None
                 if tried == self.tries:
-                    raise RunError(
+                    raise EndpointDown(
                         f"{self.url} failed {tried} times ({passing}); what was written is kept, "
-                        "the same command goes on"
+                        "the same command goes on",
+                        f"failed {tried} times ({passing})",
                     ) from None
                 # Half of the pause is drawn, so that threads do not return together.
                 growing = min(self.pause * 2 ** (tried - 1), 60.0) * random.uniform(0.5, 1.0)
@@ -169,13 +181,13 @@ class Endpoint:
         if error.code == 404:
             return RecipeError(
                 f"{self.url} knows no such path or no model {self.model!r} ({told})",
-                field="--model",
+                field=self._model_field,
                 hint="the address mostly ends in /v1, and lists its models under /v1/models",
             )
         if error.code in _PASSING:
             return _Passing(told, _seconds(error.headers.get("Retry-After")))
         if not self._reached:
-            return RecipeError(f"the first request was refused ({told})", field="--endpoint")
+            return RecipeError(f"the first request was refused ({told})", field=self._url_field)
         return _Refused(f"refused ({error.code})")
 
     def _read(self, content: bytes) -> Reply:
@@ -193,17 +205,46 @@ class Endpoint:
             raise _Passing("the reply holds no text")
         self._reached = True
         usage = Usage(1, tokens_in, tokens_out, unreported=int(not (tokens_in or tokens_out)))
-        cut = choice.get("finish_reason") == "length"
-        return Reply(text, usage, "cut off at max_tokens" if cut else "")
+        served = answer.get("model")
+        problem = _PROBLEMS.get(choice.get("finish_reason"), "")
+        refusal = choice["message"].get("refusal")
+        if refusal and not text:
+            problem = problem or f"refused: {' '.join(str(refusal).split())[:200]}"
+        return Reply(text, usage, problem, served if isinstance(served, str) else "")
 
 
-def replies(ask: Callable[[J], Reply], jobs: "deque[J]", workers: int) -> Iterator[tuple[J, Reply]]:
+_PROBLEMS = {
+    "length": "cut off at max_tokens",
+    "content_filter": "stopped by the endpoint's content filter",
+}
+
+
+def check_address(url: str, *, field: str, key_name: str) -> None:
+    """RecipeError for what is no address, or holds more than one."""
+    if "@" in url or "?" in url:
+        raise RecipeError(
+            "an address with a user, a password or a query",
+            field=field,
+            hint=f"give the address alone and put the key into {key_name}",
+        )
+    try:
+        parts = urllib.parse.urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise RecipeError(
+            f"{url!r} is no address", field=field, hint="such as http://localhost:8000/v1"
+        )
+
+
+def replies(ask: Callable[[J], R], jobs: "deque[J]", workers: int) -> Iterator[tuple[J, R]]:
     """Replies as they come, `workers` requests at a time; `jobs` may be added to meanwhile.
 
     The threads are daemons, so that Ctrl-C does not wait for a slow endpoint.
     """
     todo: queue.Queue[J | None] = queue.Queue()
-    done: queue.Queue[tuple[J, Reply | Exception]] = queue.Queue()
+    done: queue.Queue[tuple[J, R | Exception]] = queue.Queue()
 
     def work() -> None:
         while (job := todo.get()) is not None:
@@ -232,18 +273,23 @@ def replies(ask: Callable[[J], Reply], jobs: "deque[J]", workers: int) -> Iterat
 
 
 def json_in(text: str) -> Any:
-    """The first JSON object or list in a reply, after a model's thoughts and inside a fence.
+    """The first JSON object or list in a reply; None where there is none."""
+    return next(every_json_in(text), None)
 
-    None where there is none.
-    """
+
+def every_json_in(text: str) -> Iterator[Any]:
+    """The JSON objects and lists of a reply, after a model's thoughts and inside fences; what lies
+    inside one of them is not counted again."""
     answer = re.sub(r"(?s)^.*</think>", "", text)
-    decoder = json.JSONDecoder()
+    decoder, end = json.JSONDecoder(), 0
     for start in re.finditer(r"[{\[]", answer):
+        if start.start() < end:
+            continue
         try:
-            return decoder.raw_decode(answer, start.start())[0]
+            found, end = decoder.raw_decode(answer, start.start())
         except ValueError:
             continue
-    return None
+        yield found
 
 
 def _shown(content: bytes, key: str | None) -> str:
