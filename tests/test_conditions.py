@@ -455,13 +455,13 @@ def test_reading_a_few_entries_does_not_load_the_rest(tmp_path) -> None:
 
 def test_prune_deletes_what_is_unused_and_keeps_the_rest_as_it_was(tmp_path) -> None:
     fill(tmp_path, PROMPTS, shard_bytes=2000)
+    (tmp_path / "shard-cut.safetensors").write_bytes(b"1")
     store = store_in(tmp_path)
     kept, gone = PROMPTS[::3], [ask for i, ask in enumerate(PROMPTS) if i % 3]
     expected = store.take(kept).text.states
     keep = {key for ask in kept for key in store.keys(ask)}
     unused = store.tensors.unused(keep)
     assert {stored.info["about"] for stored in unused.values()} == {ask.prompt for ask in gone}
-    (tmp_path / "shard-cut.safetensors").write_bytes(b"1")
     before = sum(shard.stat().st_size for shard in shards(tmp_path))
     freed = store.tensors.prune(keep, shard_bytes=2000)
     assert freed == sum(len(ask.prompt) * 8 * 4 for ask in gone)
@@ -470,6 +470,16 @@ def test_prune_deletes_what_is_unused_and_keeps_the_rest_as_it_was(tmp_path) -> 
         assert set(reader.tensors.index) == keep and not reader.tensors.damaged
         assert torch.equal(reader.take(kept).text.states, expected)
     assert fill(tmp_path, PROMPTS) == [ask.prompt for ask in gone]
+
+
+def test_prune_leaves_alone_what_another_process_has_added_since(tmp_path) -> None:
+    parts = PROMPTS[:4], PROMPTS[4:]
+    fill(tmp_path, parts[0])
+    store = store_in(tmp_path)
+    fill(tmp_path, parts[1])
+    first, second = ({k for ask in part for k in store.keys(ask)} for part in parts)
+    assert store.tensors.prune(set()) > 0
+    assert set(store_in(tmp_path).tensors.index) == second - first
 
 
 def test_prune_leaves_shards_alone_that_are_used_throughout(tmp_path) -> None:

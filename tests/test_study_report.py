@@ -165,6 +165,17 @@ def test_contrast_by_hand() -> None:
     assert found.prompt_variance == pytest.approx(0.5 / 2 / 4 * 2)
 
 
+def test_categories_weigh_the_same_however_many_cases_they_have() -> None:
+    scores = Scores(
+        "t2i",
+        {"x": ("x1", "x2", "x3"), "y": ("y1", "y2")},
+        {("a", 0): {"x1": 4.0, "x2": 4.0, "x3": 4.0, "y1": 1.0, "y2": 1.0}},
+    )
+    found = contrast(scores, {"a": 1}, None, None)
+    assert found is not None
+    assert found.interval.value == pytest.approx(2.5)  # not 2.8
+
+
 def test_wobble_does_not_count_what_prompts_explain() -> None:
     """Without any seed effect the means of seeds still differ; `interaction` is all of that."""
     generator = np.random.default_rng(3)

@@ -57,7 +57,8 @@ class TensorStore:
         self.index: dict[str, Stored] = {}
         self.damaged: list[Path] = []
         self._open: dict[Path, Any] = {}
-        for shard in sorted(self.folder.glob("shard-*.safetensors")):
+        self._found = sorted(self.folder.glob("shard-*.safetensors"))
+        for shard in self._found:
             found = _read_header(shard)
             if found is None:
                 self.damaged.append(shard)
@@ -112,7 +113,8 @@ class TensorStore:
     def prune(self, keep: Collection[str], shard_bytes: int = SHARD_BYTES) -> int:
         """Delete every other entry; the number of bytes set free.
 
-        Shards that hold both kinds are written anew before the old ones go.
+        Shards that hold both kinds are written anew before the old ones go. Those that another
+        process has added since this store was opened stay.
         """
         unused = self.unused(keep)
         old = {stored.shard for stored in unused.values()}
@@ -122,8 +124,9 @@ class TensorStore:
                 writer.put(key, self.read(key))
         self._forget(old)
         used = {stored.shard for stored in self.index.values()}
-        for shard in set(self.folder.glob("shard-*.safetensors")) - used:
+        for shard in (old | set(self._found)) - used:
             shard.unlink(missing_ok=True)
+        self.damaged = []
         return sum(stored.nbytes for stored in unused.values())
 
     def _forget(self, shards: Collection[Path]) -> None:
