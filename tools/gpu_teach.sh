@@ -13,7 +13,8 @@ resume() { [ -f "$1/checkpoints/last.pt" ] && echo --resume || true; }
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 fewstep teach recipes/lab/teach_base.yaml --out "$out/base" $(resume "$out/base") \
     --set budget.updates="$updates" --set budget.batch=512 --set pool_size=40000 \
-    --set time_shift=2 --set "composition.t2i={landscape: 1, portrait: 1, text: 3}"
+    --set time_shift=2 --set "composition.t2i={landscape: 1, portrait: 1, text: 3}" \
+    --set composition.edit.text_edit=2
 for name in t2i edit; do
     fewstep teach "recipes/lab/teach_$name.yaml" --out "$out/$name" $(resume "$out/$name") \
         --set init="$out/base/teacher.safetensors" --set budget.updates=$((updates / 4)) \

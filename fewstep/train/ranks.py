@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fewstep.core.types import Share
 from fewstep.errors import FewstepError, RunError
@@ -110,12 +109,11 @@ class Ranks:
     def average_gradients(self, module: Trainable) -> None:
         """The mean over the ranks in place of each gradient, by one all-reduce in float32.
 
-        A parameter without gradient on every rank keeps none. Shards are left out: their gradients
-        are averaged as they are made.
+        A parameter without gradient on every rank keeps none.
         """
-        own = [p for p in module.parameters() if not isinstance(p, DTensor)]
-        if self.world == 1 or not own:
+        if self.world == 1:
             return
+        own = list(module.parameters())
         present = torch.tensor([float(p.grad is not None) for p in own], device=own[0].device)
         parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own]
         flat = torch.cat([present, *(part.float() for part in parts)])
