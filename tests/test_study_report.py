@@ -717,6 +717,14 @@ def test_seeds_of_a_study_never_run(tmp_path: Path) -> None:
         write_study_report(tmp_path)
 
 
+def test_a_study_without_roles_of_the_paper_is_asked_for_no_takeaway(tmp_path: Path) -> None:
+    made = write_study(tmp_path / "s", {"dmd": 3.0, "tdm": 3.2}, roles={}, pictures=False, cases=4)
+    assert judge(read_study(made)) == []
+    paths = write_study_report(made)
+    assert "Takeaway and its contrast" not in paths.markdown.read_text() + paths.html.read_text()
+    assert 'href="#verdicts"' not in paths.html.read_text()
+
+
 def test_one_training_seed_gives_no_verdict(tmp_path: Path) -> None:
     means = {name: PAPER[name] for name in ("e4", "e5", "zero_shot", "r9to1", "r7to3", "r5to5")}
     made = write_study(tmp_path / "s", means, seeds=1, takeaways=(1, 5), pictures=False, cases=4)

@@ -79,7 +79,9 @@ def _header(study: Study, story: Story) -> Html:
     )
 
 
-def _verdicts(story: Story) -> Html:
+def _verdicts(story: Story) -> Html | None:
+    if not story.takeaways:
+        return None
     contrasts = [_table(table) for table in story.contrasts]
     return join([_table(story.verdicts, titled=False), contrasts])
 

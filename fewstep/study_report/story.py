@@ -34,7 +34,8 @@ class Story:
     def tables(self) -> tuple[Table, ...]:
         base = [table for table, _ in self.against_base]
         rest = [part for part in (self.stability, self.cost) if part is not None]
-        return (self.verdicts, *self.contrasts, *self.scores, *base, *rest)
+        asked = (self.verdicts, *self.contrasts) if self.takeaways else ()
+        return (*asked, *self.scores, *base, *rest)
 
 
 def tell(study: Study) -> Story:

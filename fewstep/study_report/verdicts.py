@@ -130,8 +130,9 @@ class _Asked(NamedTuple):
 
 
 def judge(study: Study) -> list[Takeaway]:
-    """The takeaways that study.yaml names, all six if it names none."""
-    wanted = study.takeaways or tuple(TAKEAWAYS)
+    """The takeaways that study.yaml names; without any, all six if its variants play roles of the
+    paper, and none if they do not."""
+    wanted = study.takeaways or (tuple(TAKEAWAYS) if study.roles else ())
     return [TAKEAWAYS[number](study) for number in wanted if number in TAKEAWAYS]
 
 
