@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from fewstep.errors import RunError
-from fewstep.evals.findings import read_run
 from fewstep.evals.report import write_report
 from fewstep.evals.terminal import summary
 from fewstep.session import console, say
@@ -23,5 +22,5 @@ def report(run_dir: Path, *, judge: str | None = None) -> None:
             "wrote"
         )
     paths = write_report(run_dir, judge=judge)
-    console.print(summary(read_run(run_dir, judge=judge)))
+    console.print(summary(paths.run))
     say(f"report: {paths.html}")

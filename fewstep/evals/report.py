@@ -58,6 +58,8 @@ class ReportPaths(NamedTuple):
     html: Path
     markdown: Path
     csv: Path
+    run: Run
+    """What they were written from."""
 
 
 def write_report(
@@ -73,7 +75,9 @@ def write_report(
     and the last model whose name starts with "student".
     """
     run = read_run(run_dir, judge=judge, reference=reference, student=student)
-    paths = ReportPaths(run_dir / "report.html", run_dir / "results.md", run_dir / "results.csv")
+    paths = ReportPaths(
+        run_dir / "report.html", run_dir / "results.md", run_dir / "results.csv", run
+    )
     write_whole(paths.html, render(run))
     write_whole(paths.markdown, markdown(run))
     write_whole(paths.csv, table(run.findings))
