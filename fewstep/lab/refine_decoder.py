@@ -8,14 +8,13 @@ remains valid.
 """
 
 import argparse
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.process import add_noise
 from fewstep.core.types import Condition, Denoiser, Task
@@ -23,10 +22,15 @@ from fewstep.guidance import classifier_free
 from fewstep.lab.domain import LabDomain
 from fewstep.lab.edits import Edit
 from fewstep.lab.pools import TASK_OF, WEIGHTS, draw_case, encode_images, to_pixels
-from fewstep.lab.train_autoencoder import AutoencoderConfig, held_out_errors, update_average
+from fewstep.lab.train_autoencoder import (
+    AutoencoderConfig,
+    descend,
+    held_out_errors,
+    set_rate,
+)
 from fewstep.lab.world import render
 from fewstep.models.autoencoder import Autoencoder, reconstruction_loss
-from fewstep.models.lab import load_mmdit, save_weights
+from fewstep.models.lab import load_mmdit, read_header, save_weights
 from fewstep.samplers import step
 
 SHARE: dict[str, int] = {"landscape": 3, "portrait": 2, "text": 3}
@@ -93,14 +97,10 @@ def draw_examples(domain: LabDomain, per_category: int, seed: int) -> Examples:
 def refine(model: Autoencoder, examples: Examples, updates: int, seed: int) -> Autoencoder:
     """AdamW with a cosine on the decoder alone, in place; returns the averaged weights' model."""
     torch.manual_seed(seed)
-    model.requires_grad_(False)
-    model.decoder.requires_grad_(True)
     optimiser = torch.optim.AdamW(model.decoder.parameters(), PEAK_RATE, betas=(0.9, 0.95))
     average = {name: value.clone() for name, value in model.state_dict().items()}
     for now in range(updates):
-        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * now / updates))
-        for group in optimiser.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, (now + 1) / 100) * cosine
+        set_rate(optimiser, PEAK_RATE, now, now / updates)
         chosen = torch.randint(len(examples.images), (BATCH,))
         true = examples.true[chosen].float()
         true = true + model.latent_noise * torch.randn_like(true)
@@ -109,11 +109,7 @@ def refine(model: Autoencoder, examples: Examples, updates: int, seed: int) -> A
         pixels = to_pixels(examples.images[chosen.numpy()])
         with torch.autocast("cpu", torch.bfloat16):
             loss = reconstruction_loss(model.decode(latents), pixels)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
-        optimiser.step()
-        update_average(average, model.state_dict())
+        descend(model, optimiser, loss, average)
         if (now + 1) % 200 == 0:
             print(f"update {now + 1} of {updates}  loss {loss.item():.4f}", flush=True)
     model.load_state_dict(average)
@@ -133,9 +129,10 @@ def main() -> None:
     print("held-out squared error before", held_out_errors(model))
     model = refine(model, examples, arguments.updates, arguments.seed)
     print("held-out squared error after", held_out_errors(model))
-    about: dict[str, object] = {
-        "refined": {name: str(value) for name, value in vars(arguments).items()}
-    }
+    _, first = read_header(WEIGHTS / "autoencoder.safetensors")
+    names = ("updates", "per_category", "seed")
+    about: dict[str, object] = {"refined": {n: getattr(arguments, n) for n in names}}
+    about["first"] = first
     save_weights(model, arguments.out, config=AutoencoderConfig(), about=about, half=True)
 
 

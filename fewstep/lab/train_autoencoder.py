@@ -69,22 +69,34 @@ def train(images: np.ndarray, minutes: float, seed: int) -> Autoencoder:
     average = {name: value.clone() for name, value in model.state_dict().items()}
     begun, step = time.monotonic(), 0
     while (spent := (time.monotonic() - begun) / 60 / minutes) < 1:
-        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent))
-        for group in optimiser.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, (step + 1) / 100) * cosine
+        set_rate(optimiser, PEAK_RATE, step, spent)
         pixels = to_pixels(images[torch.randint(len(images), (BATCH,)).numpy()])
         with torch.autocast("cpu", torch.bfloat16):
             loss = reconstruction_loss(model(pixels), pixels)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        descend(model, optimiser, loss, average)
         step += 1
-        update_average(average, model.state_dict())
         if step % 200 == 0:
             print(f"{spent:.0%}  step {step}  loss {loss.item():.4f}", flush=True)
     model.load_state_dict(average)
     return model.eval()
+
+
+def set_rate(optimiser: torch.optim.Optimizer, peak: float, step: int, spent: float) -> None:
+    """A warm-up over 100 steps, times a cosine to a fiftieth over the share of the budget spent."""
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * spent))
+    for group in optimiser.param_groups:
+        group["lr"] = peak * min(1.0, (step + 1) / 100) * cosine
+
+
+def descend(
+    model: nn.Module, optimiser: torch.optim.Optimizer, loss: Tensor, average: dict[str, Tensor]
+) -> None:
+    """One clipped step, after which the running average follows."""
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    update_average(average, model.state_dict())
 
 
 @torch.no_grad()
