@@ -1,8 +1,9 @@
 """The six editing categories of the lab: source, arguments and the exact truth of what may change.
 
-An edit that is determined by its source (a recoloured house, a clean photo) has one true target.
-One that leaves something open (where a second balloon goes, how the new hills look) keeps only a
-part of the source fixed; `Edit.keep` says which pixels, `Edit.exact` says which kind it is.
+An edit that is determined by its source (a recoloured house, a brighter photo) has one true target.
+One that leaves something open (where a second balloon goes, how a new sign is lettered, what the
+place looks like to which the houses are moved) keeps a part of the source fixed, or none of its
+pixels; `Edit.keep` says which, `Edit.exact` says which kind it is.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from fewstep.lab.words import EVALUATION_WORDS, training_words
 from fewstep.lab.world import (
     ATTRIBUTES,
     INKS,
+    SIZE,
     STYLES,
     Scene,
     apply_style,
@@ -26,6 +28,13 @@ from fewstep.lab.world import (
 
 EDIT_CATEGORIES: Final = ("scene", "enhance", "object", "text_edit", "identity", "style")
 DEGRADATIONS: Final = ("noise", "blur", "dark", "haze", "jpeg")
+LOSSY: Final = ("noise", "blur", "jpeg")  # what they take away is lost: many clean pictures fit
+
+SURROUNDINGS: Final = ("sky", "weather", "terrain")
+# shares of the edits that leave most open, of their categories, and of ink among text edits
+ELSEWHERE: Final = 0.45
+SIGN: Final = 0.45
+INK: Final = 0.15
 
 
 def degrade(image: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -62,7 +71,7 @@ class Edit:
     @property
     def exact(self) -> bool:
         """Whether source and instruction determine every pixel of the target."""
-        return self.category != "scene" and self.operation not in ("add", "replace")
+        return self.category != "scene" and self.operation not in ("add", "replace", "sign")
 
     def images(self) -> tuple[np.ndarray, np.ndarray]:
         """Source and target as uint8 [SIZE, SIZE, 3]; for open edits one of many right targets."""
@@ -78,8 +87,10 @@ class Edit:
         """Pixels [SIZE, SIZE] (bool) that a right answer leaves as they are in the source.
 
         Exact edits: where source and target agree. Scene edits: the landmarks. Added or replaced
-        landmarks: what neither drawing touches.
+        landmarks and signs: what neither drawing touches. Elsewhere nothing stays in its place.
         """
+        if self.operation == "elsewhere":
+            return np.zeros((SIZE, SIZE), bool)
         if self.category == "scene":
             bare = render(self.before.with_({"count": "no"}))
             return np.abs(render(self.before).astype(int) - bare).max(-1) > 60
@@ -116,11 +127,27 @@ def _source(category: str, rng: np.random.Generator, evaluation: bool) -> Scene:
     return sample_scene(category, rng, evaluation=evaluation and rng.random() < 0.5)
 
 
-def _scene(rng: np.random.Generator, evaluation: bool) -> Edit:
+def _scene(rng: np.random.Generator, evaluation: bool) -> Edit | None:
     before = _source("landscape", rng, evaluation)
-    name = ("sky", "weather", "terrain")[rng.integers(3)]
+    if rng.random() < ELSEWHERE:
+        return _elsewhere(before, rng)
+    name = SURROUNDINGS[rng.integers(3)]
     value = _other(ATTRIBUTES["landscape"][name], before[name], rng)
     return _change("scene", name, name, before, value, rng)
+
+
+def _elsewhere(before: Scene, rng: np.random.Generator) -> Edit | None:
+    """The same landmarks in another place: two of three surroundings change, and every pixel."""
+    if before["count"] == "no":
+        return None
+    changed = {
+        SURROUNDINGS[i]: _other(
+            ATTRIBUTES["landscape"][SURROUNDINGS[i]], before[SURROUNDINGS[i]], rng
+        )
+        for i in rng.permutation(3)[:2]
+    }
+    after = replace(before.with_(changed), nuisance=int(rng.integers(2**31)))
+    return Edit("scene", "elsewhere", " ".join(changed), before, after, int(rng.integers(2**31)))
 
 
 def _enhance(rng: np.random.Generator, evaluation: bool) -> Edit:
@@ -153,7 +180,10 @@ def _object(rng: np.random.Generator, evaluation: bool) -> Edit | None:
 
 def _text_edit(rng: np.random.Generator, evaluation: bool) -> Edit:
     before = _source("text", rng, evaluation)
-    if rng.random() < 0.25:
+    chance = rng.random()
+    if chance < SIGN:
+        return _sign(before, rng, evaluation)
+    if chance < SIGN + INK:
         ink = _other(INKS[before["board"]], before["ink"], rng)
         return _change("text_edit", "ink", "ink", before, ink, rng)
     words = [
@@ -164,6 +194,16 @@ def _text_edit(rng: np.random.Generator, evaluation: bool) -> Edit:
     return _change(
         "text_edit", "word", "word", before, _other(tuple(words), before["word"], rng), rng
     )
+
+
+def _sign(before: Scene, rng: np.random.Generator, evaluation: bool) -> Edit:
+    """Another sign in the same street: board, ink and word are asked for, its lettering is open."""
+    other = sample_scene("text", rng, evaluation=evaluation)
+    board = _other(tuple(INKS), before["board"], rng)
+    ink = INKS[board][rng.integers(len(INKS[board]))]
+    after = before.with_({"board": board, "ink": ink, "word": other["word"]})
+    after = replace(after, sign=other.nuisance)
+    return Edit("text_edit", "sign", other["word"], before, after, int(rng.integers(2**31)))
 
 
 def _identity(rng: np.random.Generator, evaluation: bool) -> Edit:

@@ -55,6 +55,7 @@ SAYING: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     },
     "hair": {"short": ("short",), "long": ("long",), "curly": ("curly",)},
 }
+READING: Final = ("reading", "that says", "with the word")
 PLURAL: Final = {"house": "houses", "tower": "towers", "balloon": "balloons", "flag": "flags"}
 STYLE_NAMES: Final = {
     "sketch": ("a pencil sketch", "a drawing"),
@@ -145,8 +146,7 @@ def _text(scene: Scene, rng: np.random.Generator) -> Phrase:
     says = ["word", *(n for n in ("board", "ink") if rng.random() < MENTION)]
     board = _say("board", scene, rng) if "board" in says else "something"
     ink = f"in {scene['ink']}" if "ink" in says else ""
-    verb = _pick(("reading", "that says", "with the word"), rng)
-    text = f"{board} {verb} {spell(scene['word'])} {ink}".strip()
+    text = f"{board} {_pick(READING, rng)} {spell(scene['word'])} {ink}".strip()
     return Phrase(text, tuple(says))
 
 
@@ -194,6 +194,19 @@ def _ask_word(edit: Edit, rng: np.random.Generator) -> str:
     )
 
 
+def _ask_sign(edit: Edit, rng: np.random.Generator) -> str:
+    verb = _pick(("replace it with", "turn it into", "put up"), rng)
+    board, reading = _say("board", edit.after, rng), _pick(READING, rng)
+    return f"{verb} {board} {reading} {spell(edit.after['word'])} in {edit.after['ink']}"
+
+
+def _ask_elsewhere(edit: Edit, rng: np.random.Generator) -> str:
+    noun = edit.before["landmark"]
+    noun = noun if edit.before["count"] == "one" else PLURAL[noun]
+    verb = _pick((f"put the {noun} into a landscape", f"show the {noun} in a landscape"), rng)
+    return " , ".join([verb, *(_say(name, edit.after, rng) for name in edit.argument.split())])
+
+
 def _ask_wear(edit: Edit, rng: np.random.Generator) -> str:
     old, new = edit.before["wear"], edit.after["wear"]
     thing = new if new == "glasses" else f"a {new}"
@@ -218,6 +231,8 @@ _INSTRUCT: Final = {
     "add": _ask_add,
     "ink": lambda edit, rng: f"make the letters {edit.argument}",
     "word": _ask_word,
+    "sign": _ask_sign,
+    "elsewhere": _ask_elsewhere,
     "mood": _ask_saying("mood", ("make the person look", "make the face")),
     "wear": _ask_wear,
     "hair": lambda edit, rng: f"give the person {edit.argument} hair",

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from fewstep.lab.edits import Edit
+from fewstep.lab.edits import LOSSY, Edit
 from fewstep.lab.pools import to_pixels
 from fewstep.lab.reader import (
     NO_LETTER,
@@ -58,6 +58,7 @@ KEPT_LANDMARKS: Final[Scale] = ((0.03, 5.0), (0.06, 4.7), (0.10, 4.0), (0.16, 2.
 CONTENT: Final[Scale] = ((0.002, 5.0), (0.01, 4.7), (0.03, 4.0), (0.1, 2.5), (0.3, 1.0))
 # error of a perfect answer after the autoencoder's round trip: an error this small counts as none
 ROUND_TRIP: Final = 0.03
+ROUND_TRIP_DISTANCE: Final = 0.022  # the same for the distance to the nearest render
 
 CALM: Final = 0.81  # measured on white noise; see `flat_noise`
 WORD_WEIGHT: Final = 0.5  # of the word in the compliance of a sign
@@ -222,12 +223,21 @@ def gain(image: np.ndarray, source: np.ndarray, target: np.ndarray) -> float:
     return float(np.clip((before - after) / whole, 0, 1))
 
 
+def repaired(look: Look, before: Look) -> float:
+    """The share of the source's distance to the nearest render that is gone, in [0, 1]."""
+    damage = before.distance
+    whole = max(damage - ROUND_TRIP_DISTANCE, damage / 2, 1e-6)
+    return float(np.clip((damage - look.distance) / whole, 0, 1))
+
+
 def kept_change(image: np.ndarray, edit: Edit, source: np.ndarray, target: np.ndarray) -> float:
     """Mean absolute change, of 1, of the pixels that a right answer leaves alone.
 
     Exact edits: where source and target agree. Scene edits: the landmarks. Where a landmark is
     added or replaced its place is open, so as many pixels as the true target changes, and half as
-    many again, may change anywhere. Open edits may match source or target, pixel by pixel.
+    many again, may change anywhere. Another sign may cover some of the street that neither true
+    sign covers: half as many pixels as those two do, and at most half of that street. Open edits
+    may match source or target, pixel by pixel.
     """
     fixed = edit.keep()
     change = np.abs(image.astype(np.float64) - source).mean(-1) / 255
@@ -235,6 +245,10 @@ def kept_change(image: np.ndarray, edit: Edit, source: np.ndarray, target: np.nd
         change = np.minimum(change, np.abs(image.astype(np.float64) - target).mean(-1) / 255)
     if edit.exact or edit.category == "scene":
         values = change[fixed]
+    elif edit.operation == "sign":
+        values = np.sort(change[fixed])
+        free = min(0.5 * (~fixed).sum(), 0.5 * len(values))
+        values = values[: len(values) - int(free)]
     else:
         free = int(1.5 * (~fixed).sum())
         values = np.sort(change, axis=None)[: max(change.size - free, 1)]
@@ -308,7 +322,12 @@ class Oracle:
     def judge_edit(self, images: np.ndarray, edits: Sequence[Edit]) -> list[Judgement]:
         """Edited images against what had to change and what had to stay."""
         looks = self.look(images)
-        return [judge_change(k, i, e) for k, i, e in zip(looks, images, edits, strict=True)]
+        lossy = [e for e in edits if e.argument in LOSSY]
+        before = iter(self.look(np.stack([e.images()[0] for e in lossy])) if lossy else ())
+        return [
+            judge_change(k, i, e, next(before) if e.argument in LOSSY else None)
+            for k, i, e in zip(looks, images, edits, strict=True)
+        ]
 
 
 def load_oracle(path: Path = READER_WEIGHTS) -> Oracle:
@@ -336,26 +355,42 @@ def judge_picture(look: Look, scene: Scene, says: Sequence[str]) -> Judgement:
     return Judgement(score, subscores, (*explain(look, scene, says), *explain_quality(look)))
 
 
-def judge_change(look: Look, image: np.ndarray, edit: Edit) -> Judgement:
-    """Edit: the mean of instruction, preservation and quality, capped where the first two fail."""
+def judge_change(look: Look, image: np.ndarray, edit: Edit, before: Look | None) -> Judgement:
+    """Edit: the mean of instruction, preservation and quality, capped where the first two fail.
+
+    `before` is the look of the source, needed for `LOSSY` repairs.
+    """
     source, target = edit.images()
     if edit.category in ("style", "enhance"):
-        instruction, preservation, reasons = judge_whole(look, image, edit, source, target)
+        instruction, preservation, reasons = judge_whole(look, image, edit, source, target, before)
     else:
         instruction, preservation, reasons = judge_parts(look, image, edit, source, target)
     subscores = {"instruction": instruction, "preservation": preservation, "quality": quality(look)}
     score = capped(sum(subscores.values()) / 3, instruction, CAP)
     if edit.operation == "word":
         score = capped(score, instruction, CAP_WORD)
+    elif edit.operation == "sign":
+        score = capped(score, score_of(credit(look, edit.after, "word")), CAP_WORD)
     score = capped(score, preservation, CAP_KEPT)
     return Judgement(score, subscores, (*reasons, *explain_quality(look)))
 
 
 def judge_whole(
-    look: Look, image: np.ndarray, edit: Edit, source: np.ndarray, target: np.ndarray
+    look: Look,
+    image: np.ndarray,
+    edit: Edit,
+    source: np.ndarray,
+    target: np.ndarray,
+    before: Look | None,
 ) -> tuple[float, float, list[str]]:
-    """Instruction, preservation and reasons where every pixel may change: style and enhancement."""
-    done = gain(image, source, target)
+    """Instruction, preservation and reasons where every pixel may change: style and enhancement.
+
+    Where detail is lost, many clean pictures fit the source, and closeness to the one that it was
+    made from would favour their mean, a blurred picture. So such a repair is judged by how far the
+    picture has become one that the world could have drawn; that it still agrees with the source is
+    the preservation's business.
+    """
+    done = gain(image, source, target) if before is None else repaired(look, before)
     reasons = []
     if edit.category == "style":
         read = look.read("style")
@@ -386,7 +421,12 @@ def judge_parts(
     if after.category == "landscape" and after["count"] == "no":
         asked = [n for n in asked if n not in ("landmark", "colour")]
         stay = [n for n in stay if n not in ("landmark", "colour")]
-    if asked == ["word"]:
+    if edit.operation == "sign":
+        asked, stay = ["board", "ink", "word"], []
+        rest = float(np.mean([credit(look, after, n) for n in ("board", "ink")]))
+        done = WORD_WEIGHT * credit(look, after, "word") + (1 - WORD_WEIGHT) * rest
+        kept_letters = 1.0
+    elif asked == ["word"]:
         done, kept_letters = changed_letters(look, before["word"], after["word"])
     else:
         done, kept_letters = float(np.mean([credit(look, after, n) for n in asked])), 1.0

@@ -26,7 +26,7 @@ from fewstep.lab.grammar import caption
 from fewstep.lab.oracle import Judgement, Oracle, content_change, kept_change, load_oracle
 from fewstep.lab.pools import load_autoencoder
 from fewstep.lab.reader import NO_LETTER, PLACES, TARGETS
-from fewstep.lab.world import CATEGORIES, render, sample_scene
+from fewstep.lab.world import ATTRIBUTES, CATEGORIES, render, sample_scene
 
 # control -> strength of the corruptions of `corrupt.py`
 MILD: Final = 0.35
@@ -105,7 +105,16 @@ def rank_t2i(oracle: Oracle, category: str, count: int, seed: int) -> dict[str, 
 
 
 def other_nuisance(edit: Edit) -> np.ndarray:
-    """A perfect image of another scene: all attributes of the target, everything else different."""
+    """A perfect image of another scene: all attributes of the target, everything else different.
+
+    Where no pixel has to stay, that would be a right answer; there all that is said of the
+    landmarks is different too.
+    """
+    if edit.operation == "elsewhere":
+        values = {n: ATTRIBUTES["landscape"][n] for n in ("count", "landmark", "colour")}
+        values["count"] = values["count"][1:]
+        others = {n: v[v.index(edit.after[n]) - 1] for n, v in values.items()}
+        return render(edit.after.with_(others))
     before, after = (replace(s, nuisance=s.nuisance + 1) for s in (edit.before, edit.after))
     return replace(edit, before=before, after=after).images()[1]
 

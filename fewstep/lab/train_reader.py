@@ -32,11 +32,12 @@ from fewstep.lab.reader import (
     LocalBlock,
     Reader,
     ReaderConfig,
+    load_reader,
     log_errors,
     reading_loss,
 )
 from fewstep.lab.world import CANVAS, STYLES, Open, Scene, apply_style, render, sample_scene
-from fewstep.models.lab import save_weights
+from fewstep.models.lab import read_header, save_weights
 
 # signs need the most: five places of 26 classes
 SHARES: Final = {"landscape": 0.3, "portrait": 0.2, "text": 0.5}
@@ -211,7 +212,7 @@ def train(
     return {"images": step * batch, "seconds": round(time.perf_counter() - start)}
 
 
-def train_reading(reader: Reader, *, minutes: float, seed: int) -> dict[str, object]:
+def train_reading(reader: Reader, *, minutes: float, rate: float, seed: int) -> dict[str, object]:
     """Train everything but the error map to read attributes."""
     finder = LetterFinder(reader.config.tokens)
 
@@ -224,7 +225,7 @@ def train_reading(reader: Reader, *, minutes: float, seed: int) -> dict[str, obj
 
     both = nn.ModuleDict({"finder": finder, "reader": reader})
     reader.errors.requires_grad_(False)
-    return train("reading", both, loss, minutes=minutes, rate=3e-3, seed=seed)
+    return train("reading", both, loss, minutes=minutes, rate=rate, seed=seed)
 
 
 def train_errors(reader: Reader, *, minutes: float, seed: int) -> dict[str, object]:
@@ -243,23 +244,34 @@ def train_errors(reader: Reader, *, minutes: float, seed: int) -> dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=READER_WEIGHTS)
+    parser.add_argument("--start", type=Path, help="go on from these weights")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak rate of the attribute heads")
     parser.add_argument("--minutes", type=float, default=11, help="for the attribute heads")
-    parser.add_argument("--error-minutes", type=float, default=4, help="for the error map")
+    parser.add_argument(
+        "--error-minutes", type=float, default=4, help="for the error map; 0: keep it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    reader = Reader(ReaderConfig())
-    read = train_reading(reader, minutes=args.minutes, seed=args.seed)
-    mapped = train_errors(reader, minutes=args.error_minutes, seed=args.seed)
+    reader, before = Reader(ReaderConfig()), None
+    command = f"python -m fewstep.lab.train_reader --minutes {args.minutes:g} "
+    command += f"--error-minutes {args.error_minutes:g} --rate {args.rate:g} --seed {args.seed}"
+    if args.start:
+        reader, before = load_reader(args.start).train(), read_header(args.start)[1]
+        command += " --start BEFORE"
+    read = train_reading(reader, minutes=args.minutes, rate=args.rate, seed=args.seed)
+    mapped = None
+    if args.error_minutes:
+        mapped = train_errors(reader, minutes=args.error_minutes, seed=args.seed)
     about = {
         "what": "reader of the lab oracle, moving averages",
-        "command": f"python -m fewstep.lab.train_reader --minutes {args.minutes:g} "
-        f"--error-minutes {args.error_minutes:g} --seed {args.seed}",
+        "command": command,
         "reading": read,
-        "errors": mapped,
+        "errors": mapped or "kept",
         "device": "cpu, 1 thread, bf16 autocast",
         "data": "fresh renders of the training split and their corruptions",
+        "before": before,
     }
     save_weights(reader, args.out, config=reader.config, about=about, half=True)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")

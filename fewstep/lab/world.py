@@ -89,6 +89,8 @@ class Scene:
     category: str
     attributes: tuple[tuple[str, str], ...]
     nuisance: int
+    sign: int | None = None
+    """Seed of the sign alone, where an edit puts up another in the same street; None: nuisance."""
 
     def __getitem__(self, name: str) -> str:
         return dict(self.attributes)[name]
@@ -549,6 +551,7 @@ BOARD: Final[dict[str, Colour]] = {
 def draw_text(scene: Scene, u: Open) -> Image.Image:
     image = _draw_street(u)
     draw = ImageDraw.Draw(image)
+    u = u if scene.sign is None else Open(scene.sign)
     word, board = scene["word"], scene["board"]
     letter_h = u("lh", 30, 38)
     fill_w = {3: 84.0, 4: 104.0, 5: 116.0}[len(word)] * u("spread", 0.94, 1.0)
