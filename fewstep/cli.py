@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fewstep.errors import DiskError, FewstepError, Interrupted, RecipeError
+from fewstep.errors import FULL, DiskError, FewstepError, Interrupted, RecipeError
 from fewstep.prompts.cli import app as prompts
 
 
@@ -348,21 +348,16 @@ def guarded(command: Callable[[], object], *, debug: bool = False) -> int:
             raise
         return _complain(str(error), error.exit_code)
     except OSError as error:
-        if debug or error.errno not in _DISK | _FORBIDDEN:
+        if debug or error.errno not in FULL | _FORBIDDEN:
             raise
         if error.errno in _FORBIDDEN:
             return _complain(f"{error.filename}: {_FORBIDDEN[error.errno]}", FewstepError.exit_code)
         file = f" while writing {error.filename}" if error.filename else ""
-        hint = "; what was saved before is intact: make room and use --resume"
-        return _complain(_DISK[error.errno] + file + hint, DiskError.exit_code)
+        hint = "; what was saved before is intact: make room, then start again, a run with --resume"
+        return _complain(FULL[error.errno] + file + hint, DiskError.exit_code)
     return 0
 
 
-_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your disk quota is used up",
-    errno.EFBIG: "a file reached the size limit (`ulimit -f`)",
-}
 _FORBIDDEN = {
     errno.EACCES: "you may not open it; choose another place, or change its permissions",
     errno.EROFS: "lies on a disk that can only be read; choose another place",

@@ -4,7 +4,9 @@ Programmer mistakes are assertions and never one of these.
 """
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class FewstepError(Exception):
@@ -36,10 +38,24 @@ class CheckpointError(FewstepError):
     exit_code = 4
 
 
-class DiskError(CheckpointError):
-    """A checkpoint could not be written: the disk is full, or the folder may not be written."""
+class DiskError(FewstepError):
+    """A file could not be written because the disk is full, whichever file it was."""
 
     exit_code = 6
+
+
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your disk quota is used up",
+    errno.EFBIG: "a file reached the size limit (`ulimit -f`)",
+}
+"""What the system calls a full disk."""
+
+
+def cannot_write(path: Path, error: OSError, hint: str = "") -> FewstepError:
+    """To be raised for what kept a file from being written."""
+    kind = DiskError if error.errno in FULL else FewstepError
+    return kind(f"cannot write {path}: {error.strerror}" + (f"; {hint}" if hint else ""))
 
 
 class RunError(FewstepError):
@@ -63,6 +79,19 @@ class Interrupted(FewstepError):
     """The user stopped the run (Ctrl-C); the message says where the state is kept."""
 
     exit_code = 130
+
+
+SHOWN_PROBLEMS = 8
+
+
+def refuse(path: Path | str, problems: Sequence[str]) -> None:
+    """Stop with everything that was found wrong in the user's data, if anything was."""
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
+        more = len(problems) - SHOWN_PROBLEMS
+        rest = f"\n  and {more} more" if more > 0 else ""
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise DataError(f"{path}: {count}{shown}{rest}")
 
 
 _LISTED = 12

@@ -37,6 +37,7 @@ def real_denoised(
     x_t: Tensor,
     t: Float[Tensor, " b"],
     cond: Condition,
+    company: Sequence[Weights] = (),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The guided x_0 of all teachers, mixed per sample, and each teacher's own answer.
 
@@ -45,13 +46,18 @@ def real_denoised(
     mixed here in x_0, of which the score is an affine function at fixed (x_t, t); the weights of a
     sample sum to 1 (eq. 6), so the mixture of the one is the mixture of the other. `weights[i]`
     belongs to sample i. A teacher sees only the samples that give it weight; rows it did not see
-    are NaN in its own answer, so that nobody averages over them by mistake.
+    are NaN in its own answer, so that nobody averages over them by mistake. A teacher that gets
+    weight in `company` alone (`core.types.Batch`) is asked about one sample, for company's sake.
     """
     real = torch.zeros_like(x_t, dtype=torch.float32)
     answers: dict[str, Tensor] = {}
-    for name in sorted({name for row in weights for name, share in row.items() if share > 0}):
+    rows = (*weights, *company)
+    for name in sorted({name for row in rows for name, share in row.items() if share > 0}):
         share = torch.tensor([row.get(name, 0.0) for row in weights], device=x_t.device)
         seen = share.nonzero().squeeze(1)
+        if not len(seen):
+            classifier_free(teachers[name], x_t[:1], t[:1], cond[:1], scales[name])
+            continue
         part = classifier_free(teachers[name], x_t[seen], t[seen], cond[seen], scales[name]).float()
         real[seen] += share[seen].view(-1, *[1] * (x_t.ndim - 1)) * part
         answers[name] = torch.full_like(real, float("nan")).index_copy(0, seen, part)

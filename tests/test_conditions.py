@@ -21,7 +21,7 @@ from fewstep.data import conditions, tensorstore
 from fewstep.data.conditions import Encoding, Filled
 from fewstep.data.memo import Memo
 from fewstep.data.tensorstore import Entry, TensorStore
-from fewstep.errors import DataError, RecipeError
+from fewstep.errors import DataError, DiskError, RecipeError
 from fewstep.models.families import encoders
 from fewstep.models.families.contract import FamilyCondition, Text, stack
 from fewstep.models.families.encoders import (
@@ -390,7 +390,7 @@ def test_a_full_disk_is_a_message_and_leaves_nothing_half_written(tmp_path) -> N
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"no room for the cache in .*File too large"):
+        with pytest.raises(DiskError, match=r"no room for the cache in .*File too large"):
             fill(tmp_path, PROMPTS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

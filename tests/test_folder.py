@@ -567,10 +567,10 @@ def test_full_disk_is_a_message_and_leaves_nothing(data: Path, tmp_path) -> None
     """A limit on file size stands in for the full disk: the same OSError at the same write."""
     code = (
         "import resource, sys; from fewstep.data.folder import ImageFolder\n"
-        "from fewstep.errors import DataError\n"
+        "from fewstep.errors import DiskError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "try: ImageFolder.open(sys.argv[1], 64, cache_dir=sys.argv[2])\n"
-        "except DataError as error: print(error); sys.exit(error.exit_code)\n"
+        "except DiskError as error: print(error); sys.exit(error.exit_code)\n"
     )
     assert resource.RLIMIT_FSIZE is not None
     done = subprocess.run(
@@ -578,7 +578,7 @@ def test_full_disk_is_a_message_and_leaves_nothing(data: Path, tmp_path) -> None
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == 6, done.stderr
     assert (
         "no room for the cache in" in done.stdout and "choose another cache folder" in done.stdout
     )

@@ -66,10 +66,10 @@ def test_mismatch_and_shares_by_hand() -> None:
     base = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 1.0]]).view(3, 1, 1, 2)
     text = torch.tensor([[5.0, 0.0], [float("nan")] * 2, [0.0, 3.0]]).view(3, 1, 1, 2)
     t = torch.full((3,), 0.5)
-    found = instruments.describe(
+    told = instruments.describe(
         batch, 2, plan, x_t=x_t, t=t, fake=fake, real=real, answers={"base": base, "text": text}
     )
-    assert found == pytest.approx(
+    assert instruments.mean_of([told]) == pytest.approx(
         {
             "mismatch/t2i/text/base/k2": (5 / 2 + 1 / 2) / 2,
             "mismatch/t2i/text/text/k2": (5 / 2 + 3 / 2) / 2,
@@ -81,6 +81,33 @@ def test_mismatch_and_shares_by_hand() -> None:
             "gap/portrait": 1.0,
         }
     )
+
+
+def test_metrics_do_not_depend_on_how_the_samples_are_cut() -> None:
+    """Three samples of one group and one of the other in the first part, the reverse in the rest:
+    a mean of means, and a mean of roots, would be another number."""
+    plan, g = tiny_plan(), torch.Generator().manual_seed(0)
+    categories = ("text", "text", "text", "portrait", "portrait", "portrait", "portrait", "text")
+    x_t, fake, real, base, text = (torch.randn(8, 1, 1, 2, generator=g) for _ in range(5))
+    text[torch.tensor([c == "portrait" for c in categories])] = torch.nan
+
+    def told(rows: slice) -> instruments.Told:
+        return instruments.describe(
+            batch_of("t2i", *categories[rows]),
+            2,
+            plan,
+            x_t=x_t[rows],
+            t=torch.full((len(x_t[rows]),), 0.5),
+            fake=fake[rows],
+            real=real[rows],
+            answers={"base": base[rows], "text": text[rows]},
+        ) | {"loss/student": float(len(x_t[rows]))}
+
+    whole = instruments.mean_of([told(slice(0, 8))])
+    parts = instruments.mean_of([told(slice(0, 4)), told(slice(4, 8))])
+    assert parts == pytest.approx(whole | {"loss/student": 4.0})
+    square = (real - fake).square().mean((1, 2, 3))[[0, 1, 2, 7]].mean()
+    assert whole["gap/text"] == pytest.approx(float(square.sqrt()))
 
 
 def test_shares_follow_lambda_and_sum_to_one() -> None:

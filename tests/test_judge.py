@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fewstep.endpoint import every_json_in
 from fewstep.errors import RecipeError, RunError
 from fewstep.evals.judging import judge_drawn
 from fewstep.evals.rows import PENDING, Row, RowWriter, read_rows
-from fewstep.evals.runner import Contestant
+from fewstep.evals.runner import Contestant, forget_changed
 from fewstep.evals.runner import evaluate as run_evaluation
 from fewstep.evals.stats import judge_noise
 from fewstep.judges import rubric
@@ -454,7 +454,7 @@ def test_scores_stay_with_their_pictures_however_late_they_come(tmp_path: Path):
     with eyes(look) as url:
         judge = judge_at(url, parallel=3)
         told = judge_drawn(tmp_path, judge)
-    assert told == (6, 0, "") and most[0] == 3
+    assert told == (6, 0, "", 0) and most[0] == 3
     assert scores(tmp_path, judge.name) == pytest.approx(EXPECTED)
     rows = [row for row in read_rows(tmp_path / "rows.jsonl").rows if row.judge == judge.name]
     assert {row.seconds for row in rows} == {0.5} and {row.nfe for row in rows} == {4}
@@ -486,14 +486,63 @@ def test_what_is_scored_is_not_asked_again_and_what_is_not_is(tmp_path: Path):
 
     with eyes(look) as url:
         judge = judge_at(url, parallel=1)
-        assert judge_drawn(tmp_path, judge) == (5, 1, "")
+        assert judge_drawn(tmp_path, judge) == (5, 1, "", 0)
         rows = {r.case: r for r in read_rows(tmp_path / "rows.jsonl").rows if r.judge == judge.name}
         assert rows["c3"].status.startswith("unscored: no answer that can be read: it holds no")
         asked_for[:] = [""] * 12
-        assert judge_drawn(tmp_path, judge) == (6, 0, "")
+        assert judge_drawn(tmp_path, judge) == (6, 0, "", 0)
     assert asked_for[12:] == ["prompt 3"]
     assert scores(tmp_path, judge.name) == pytest.approx(EXPECTED)
     assert scores(tmp_path, "earlier") == dict.fromkeys(EXPECTED), "the other judge's rows stay"
+
+
+def test_a_judgement_is_of_the_pictures_and_the_prompt_that_it_was_given(tmp_path: Path):
+    """Image, source, target and prompt changed in one row each; one row is from before `content`
+    was kept; the picture of one is gone, and its score stays; c6 is as it was."""
+    rows = drawn_run(tmp_path, 7)
+    for folder in ("source", "target"):
+        (tmp_path / "images" / folder).mkdir()
+        for i in range(7):
+            Image.fromarray(shade(5 * i)).save(tmp_path / f"images/{folder}/{i}.png")
+    with RowWriter(tmp_path / "rows.jsonl") as file:
+        for i, row in enumerate(rows):
+            sides = {side: f"images/{side}/{i}.png" for side in ("source", "target")}
+            file.write(row.model_copy(update={"task": "edit", "category": "style"} | sides))
+    asked_for: list[str] = []
+
+    def look(seen: Seen, _number: int) -> None:
+        asked_for.append(seen.prompt)
+        brightness(seen)
+
+    with eyes(look) as url:
+        judge = judge_at(url, parallel=1)
+        assert judge_drawn(tmp_path, judge) == (7, 0, "", 0)
+        asked_for.clear()
+        assert judge_drawn(tmp_path, judge) == (7, 0, "", 0) and asked_for == []
+        for name in ("student/0", "source/1", "target/2"):
+            Image.fromarray(shade(150)).save(tmp_path / f"images/{name}.png")
+        (tmp_path / "images/student/5.png").unlink()
+        own = [row for row in read_rows(tmp_path / "rows.jsonl").rows if row.judge == judge.name]
+        with RowWriter(tmp_path / "rows.jsonl") as file:
+            file.write(own[3].model_copy(update={"prompt": "another prompt"}))
+            file.write(own[4].model_copy(update={"content": None}))
+        wanted = ["prompt 0", "prompt 1", "prompt 2", "another prompt", "prompt 4"]
+        assert judge_drawn(tmp_path, judge) == (7, 0, "", 5)
+        assert asked_for == wanted
+        assert scores(tmp_path, judge.name)["c0"] == 2.5, "of the picture that is there now"
+        assert judge_drawn(tmp_path, judge) == (7, 0, "", 0) and asked_for == wanted
+
+
+def test_an_outdated_score_does_not_count_while_the_judge_is_away(tmp_path: Path):
+    drawn_run(tmp_path, 2)
+    with eyes(brightness) as url:
+        judge = judge_at(url)
+        judge_drawn(tmp_path, judge)
+        name = judge.name
+    Image.fromarray(shade(150)).save(tmp_path / "images/student/0.png")
+    told = judge_drawn(tmp_path, judge_at("http://127.0.0.1:9/v1"))
+    assert (told.scored, told.left, told.outdated) == (1, 1, 1) and "127.0.0.1:9" in told.stopped
+    assert scores(tmp_path, name) == pytest.approx({"c0": None, "c1": 1.2})
 
 
 def test_only_the_images_asked_for_are_judged(tmp_path: Path):
@@ -501,7 +550,7 @@ def test_only_the_images_asked_for_are_judged(tmp_path: Path):
     with eyes(brightness) as url:
         judge = judge_at(url)
         told = judge_drawn(tmp_path, judge, only={("student", "c2", 2), ("student", "c4", 4)})
-    assert told == (2, 0, "") and sorted(scores(tmp_path, judge.name)) == ["c2", "c4"]
+    assert told == (2, 0, "", 0) and sorted(scores(tmp_path, judge.name)) == ["c2", "c4"]
 
 
 def test_a_picture_that_is_gone_is_unscored(tmp_path: Path):
@@ -509,7 +558,7 @@ def test_a_picture_that_is_gone_is_unscored(tmp_path: Path):
     (tmp_path / "images/student/2.png").unlink()
     with eyes(brightness) as url:
         judge = judge_at(url)
-        assert judge_drawn(tmp_path, judge) == (5, 1, "")
+        assert judge_drawn(tmp_path, judge) == (5, 1, "", 0)
     rows = {r.case: r for r in read_rows(tmp_path / "rows.jsonl").rows if r.judge == judge.name}
     assert "its picture is missing" in rows["c2"].status
 
@@ -523,7 +572,7 @@ def test_what_passes_is_tried_again(tmp_path: Path, status: int):
 
     with eyes(look) as url:
         judge = judge_at(url)
-        assert judge_drawn(tmp_path, judge) == (3, 0, "")
+        assert judge_drawn(tmp_path, judge) == (3, 0, "", 0)
     assert scores(tmp_path, judge.name) == pytest.approx({f"c{i}": 1 + 0.2 * i for i in range(3)})
 
 
@@ -537,7 +586,7 @@ def test_a_judge_too_slow_is_asked_again(tmp_path: Path):
 
     with eyes(look) as url:
         judge = judge_at(url, timeout=0.2)
-        assert judge_drawn(tmp_path, judge) == (1, 0, "")
+        assert judge_drawn(tmp_path, judge) == (1, 0, "", 0)
 
 
 def test_an_outage_stops_soon_keeps_everything_and_goes_on(tmp_path: Path):
@@ -555,7 +604,7 @@ def test_an_outage_stops_soon_keeps_everything_and_goes_on(tmp_path: Path):
         assert (told.scored, told.left) == (2, 4) and "failed 2 times (503" in told.stopped
         assert count[0] == 2 + 3 * 2, "three pictures, then it is left in peace"
         down[0] = False
-        assert judge_drawn(tmp_path, judge) == (6, 0, "")
+        assert judge_drawn(tmp_path, judge) == (6, 0, "", 0)
     assert scores(tmp_path, judge.name) == pytest.approx(EXPECTED)
 
 
@@ -576,7 +625,7 @@ def test_one_picture_that_breaks_the_server_does_not_stop_the_others(tmp_path: P
         judge = judge_at(url, parallel=1)
         judge.endpoint.tries = 2
         told = judge_drawn(tmp_path, judge)
-    assert told == (5, 1, "")
+    assert told == (5, 1, "", 0)
     status = next(r.status for r in read_rows(tmp_path / "rows.jsonl").rows if r.score is None
                   and r.judge == judge.name)  # fmt: skip
     assert status.startswith("unscored: the endpoint failed 2 times (500") and url not in status
@@ -606,7 +655,7 @@ def test_a_kill_while_judging_loses_no_score(tmp_path: Path):
         # In flight when it was killed: at most one a worker.
         time.sleep(0.1)
         prompts.clear()
-        assert judge_drawn(tmp_path, judge) == (6, 0, "")
+        assert judge_drawn(tmp_path, judge) == (6, 0, "", 0)
     assert prompts == ["prompt 3", "prompt 4", "prompt 5"]
     assert scores(tmp_path, judge.name) == pytest.approx(EXPECTED)
 
@@ -708,7 +757,9 @@ def images_of(run: Path) -> dict[str, float]:
     return {path: when for path, when in found.items() if "/source/" not in path}
 
 
-def test_another_judge_judges_the_same_images_and_stays_apart(tmp_path: Path):
+def test_another_judge_judges_the_same_images_and_stays_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     run = tmp_path / "run"
     with eyes(brightness) as url:
         distill(recipe_with(tmp_path, spec_at(url)), out=run, overrides={})
@@ -719,59 +770,126 @@ def test_another_judge_judges_the_same_images_and_stays_apart(tmp_path: Path):
         again = (run / "results.md").read_text()
         report(run, judge=judge_at(url).name)
         first = (run / "results.md").read_text()
-    assert images_of(run) == drawn
+        assert images_of(run) == drawn
+        Image.fromarray(shade(200, 64)).save(next(path for path in drawn if "student-" in path))
+        capsys.readouterr()
+        judge_again(run, overrides={})
+    told = capsys.readouterr().out
+    assert "3 requests" in told, "the greeting and the one picture that is another now"
+    assert "1 of them had a score here of another prompt, source or image" in told
     assert "2.00" in again and "strict-rubric" in again.split("Left out")[0]
     assert "eye-rubric" in first.split("Left out")[0]
     assert "rows by another judge, strict-rubric" in first
     assert "strict" not in (run / "recipe.yaml").read_text()
 
 
+class Painter:
+    """A world whose pictures are as bright as their prompt is long; it scores all alike."""
+
+    judge_name = "own"
+    sample_shape = (1,)
+    image_size = 8
+
+    def pool(self, *args: object, **kwargs: object) -> Any:
+        raise NotImplementedError
+
+    cases = pool
+
+    def condition(self, prompts: Sequence[str], sources: object) -> list[str]:
+        return list(prompts)
+
+    def noise(self, seed: int) -> torch.Tensor:
+        return torch.zeros(1)
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        return np.stack([shade(int(level), 8) for level in latents])
+
+    def judge(self, images: np.ndarray, cases: Sequence[Case]) -> list[Verdict]:
+        return [Verdict(3.0, {}, ()) for _ in cases]
+
+
+@dataclass
+class Easel:
+    """An evaluation in `out` whose player notes the prompts that it draws."""
+
+    out: Path
+    drawn: list[str]
+
+    def evaluate(self, cases: Sequence[Case], judged_later: str | None = None) -> list[str]:
+        """What was said; `drawn` has what was drawn."""
+
+        def draw(noise: torch.Tensor, cond: Any, task: Task) -> torch.Tensor:
+            self.drawn.extend(cond)
+            return torch.tensor([len(prompt) for prompt in cond])
+
+        self.drawn.clear()
+        players = [Contestant("student-4nfe", {"t2i": 4, "edit": 4}, draw, "stamp")]
+        told = forget_changed(players, cases, self.out, judged_later=judged_later)
+        painter: Any = Painter()
+        run_evaluation(cases, players, painter, self.out, batch=3, judged_later=judged_later)
+        return told
+
+    def rows(self) -> list[Row]:
+        return list(read_rows(self.out / "rows.jsonl").rows)
+
+    def forget_content(self) -> None:
+        """As rows were before it was kept."""
+        old = [row.model_dump(exclude={"content"}) for row in self.rows()]
+        (self.out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+
+
+def portraits(count: int = 4) -> list[Case]:
+    return [Case(f"c{i}", "t2i", "portrait", "x" * (10 + i), i, None) for i in range(count)]
+
+
 def test_an_image_drawn_for_another_prompt_or_deleted_is_drawn_again(tmp_path: Path):
     """Whoever judged it: a row of an earlier judge is enough for an image to be kept."""
-
-    class Painter:
-        """A world whose pictures are as bright as their prompt is long."""
-
-        judge_name = "none"
-        sample_shape = (1,)
-        image_size = 8
-
-        def pool(self, *args: object, **kwargs: object) -> Any:
-            raise NotImplementedError
-
-        cases = pool
-
-        def condition(self, prompts: Sequence[str], sources: object) -> list[str]:
-            return list(prompts)
-
-        def noise(self, seed: int) -> torch.Tensor:
-            return torch.zeros(1)
-
-        def decode(self, latents: torch.Tensor) -> np.ndarray:
-            return np.stack([shade(int(level), 8) for level in latents])
-
-        def judge(self, images: np.ndarray, cases: Sequence[Case]) -> list[Verdict]:
-            return [Verdict(None, {}, (), unscored="nobody is there") for _ in cases]
-
-    drawn: list[str] = []
-
-    def draw(noise: torch.Tensor, cond: Any, task: Task) -> torch.Tensor:
-        drawn.extend(cond)
-        return torch.tensor([len(prompt) for prompt in cond])
-
-    painter: Any = Painter()
-    player = Contestant("student-4nfe", {"t2i": 4}, draw, "stamp")
-    cases = [Case(f"c{i}", "t2i", "portrait", "x" * (10 + i), i, None) for i in range(4)]
-    run_evaluation(cases, [player], painter, tmp_path, batch=3)
-    assert len(drawn) == 4
+    easel, cases = Easel(tmp_path, []), portraits()
+    assert easel.evaluate(cases) == [] and len(easel.drawn) == 4
     changed = [cases[0], replace(cases[1], prompt="y" * 50), *cases[2:]]
     (tmp_path / "images/student-4nfe/c3-3.png").unlink()
-    drawn.clear()
-    run_evaluation(changed, [player], painter, tmp_path, batch=3, judged_later="eye")
-    assert drawn == ["y" * 50, "x" * 13]
-    rows = {row.case: row for row in read_rows(tmp_path / "rows.jsonl").rows if row.judge == "eye"}
+    (told,) = easel.evaluate(changed, judged_later="eye")
+    assert told.startswith("student-4nfe: 2 images are drawn again, because the prompt, the source")
+    assert easel.drawn == ["y" * 50, "x" * 13]
+    rows = {row.case: row for row in easel.rows() if row.judge == "eye"}
     assert {(case, row.status) for case, row in rows.items()} == {("c1", PENDING), ("c3", PENDING)}
     assert decode_file(tmp_path / rows["c1"].image).mean() == 50
+
+
+@pytest.mark.parametrize("judged_later", [None, "eye"])
+def test_what_is_evaluated_must_be_what_was_judged(tmp_path: Path, judged_later: str | None):
+    """Another source, target or category of a case, or another picture in the folder."""
+    easel = Easel(tmp_path, [])
+    cases = [
+        Case(f"e{i}", "edit", "style", "x" * (10 + i), i, None, shade(i, 8), shade(90 + i, 8))
+        for i in range(5)
+    ]
+    easel.evaluate(cases, judged_later)
+    assert easel.evaluate(cases, judged_later) == [] and easel.drawn == []
+    changed = [
+        cases[0],
+        replace(cases[1], source=shade(77, 8)),
+        replace(cases[2], target=shade(77, 8)),
+        replace(cases[3], category="scene"),
+        cases[4],
+    ]
+    Image.fromarray(shade(200, 8)).save(tmp_path / "images/student-4nfe/e4-4.png")
+    (told,) = easel.evaluate(changed, judged_later)
+    assert "4 images" in told and easel.drawn == ["x" * n for n in (11, 12, 13, 14)]
+    assert decode_file(tmp_path / "images/student-4nfe/e4-4.png").mean() == 14
+    assert easel.evaluate(changed, judged_later) == [] and easel.drawn == []
+    assert len(easel.evaluate(changed[:2], judged_later)) == 0 and len(easel.rows()) == 5
+
+
+def test_rows_that_do_not_say_what_was_judged_are_judged_again(tmp_path: Path):
+    """By the world's own judge, which sees what it draws; an endpoint needs no new drawing."""
+    easel = Easel(tmp_path, [])
+    easel.evaluate(portraits())
+    easel.forget_content()
+    assert easel.evaluate(portraits(), "eye") == [] and easel.drawn == []
+    (told,) = easel.evaluate(portraits())
+    assert "4 images are drawn again" in told and len(easel.drawn) == 4
+    assert easel.evaluate(portraits()) == [] and easel.drawn == []
 
 
 def decode_file(path: Path) -> np.ndarray:

@@ -102,7 +102,7 @@ def run(d: loop.Distillation, out: Path, *, stop_after: int | None = None) -> No
     class Killed(Exception):
         pass
 
-    def on_step(at: int, _metrics: step.Metrics) -> None:
+    def on_step(at: int, _metrics: loop.Metrics) -> None:
         if at == stop_after:
             raise Killed
 
@@ -288,11 +288,12 @@ def test_shares_of_the_teachers_follow_lambda() -> None:
     while (batch := d.draw("student")[0]).task != "t2i":
         pass
     only_text = type(batch)(batch.task, ("text",) * len(batch), batch.cond, batch.shape)
-    _, metrics = step.update_student(cast, only_text, 2, plan, recipe, d.noise)
-    assert metrics["share/t2i/text/base"] == pytest.approx(0.5)
-    assert metrics["share/t2i/text/text"] == pytest.approx(0.5)
-    _, metrics = step.update_student(cast, only_text, 3, plan, recipe, d.noise)
-    assert metrics["share/t2i/text/text"] == 1 and metrics["share/t2i/text/base"] == 0
+    _, told = step.update_student(cast, only_text, 2, plan, recipe, d.noise)
+    assert told["share/t2i/text/base"] == pytest.approx([0.5] * len(batch))
+    assert told["share/t2i/text/text"] == pytest.approx([0.5] * len(batch))
+    _, told = step.update_student(cast, only_text, 3, plan, recipe, d.noise)
+    assert told["share/t2i/text/text"] == [1.0] * len(batch)
+    assert told["share/t2i/text/base"] == [0.0] * len(batch)
 
 
 def test_drawn_samples_meet_the_planned_quotas_exactly() -> None:

@@ -23,7 +23,7 @@ from fewstep.data.promptfiles import PromptRecord, conversions, read_prompts
 from fewstep.errors import DataError, RecipeError
 from fewstep.models.text import TextEncoder
 from fewstep.models.vaes import PixelCodec
-from fewstep.recipe.available import count_available
+from fewstep.recipe.available import count_available, find_image_problems
 from fewstep.recipe.checks import check_source
 from fewstep.recipe.facts import Facts, gather_facts
 from fewstep.recipe.load import load_recipe, load_yaml
@@ -483,10 +483,83 @@ def test_a_plan_counts_the_rows_of_prompt_files_as_they_will_be_read(images, suf
     assert (read.count(("t2i", "sky")), read.count(("t2i", "general"))) == (1, 1)
 
 
+def real_recipe(path: Path, objective: str) -> Any:
+    """A recipe for a real model that trains on `sky` and on edits of `object` from `path`."""
+    pools = "{a: {task: t2i, category: sky, size: 1}, b: {task: edit, category: object, size: 1}}"
+    changes = {
+        "model": "{family: qwen_image, path: nowhere}",
+        "data.source": f"{{kind: prompts, path: {path}}}",
+        "data.pools": pools,
+        "data.composition": "{t2i: {a: 1}, edit: {b: 1}}",
+        "guidance": "[{weights: [{base: 1}]}]",
+        "objective": f"{{kind: {objective}}}",
+    }
+    return load_recipe(Path("recipes/lab/unified.yaml"), changes)
+
+
+SKY = {"prompt": "a", "category": "sky", "image": "red.png"}
+OBJECT = {"instruction": "b", "source": "red.png", "target": "blue.png", "category": "object"}
+
+
+def test_a_plan_sees_which_images_are_not_there(images) -> None:
+    """File, line and field of each; those of the evaluation are not learned from."""
+    file = write_lines(
+        images / "p.jsonl",
+        SKY,
+        {**SKY, "prompt": "b", "image": "lost.png"},
+        {**SKY, "prompt": "c", "image": "lost.png", "split": "eval"},
+        {**SKY, "prompt": "d", "image": None},
+        {**SKY, "prompt": "e", "image": None, "category": "of no pool"},
+        OBJECT,
+        {**OBJECT, "instruction": "c", "source": "gone.png", "target": str(images / "no/x.png")},
+        {**OBJECT, "instruction": "d", "target": "", "sources": ["red.png", "s.png"], "source": ""},
+    )
+    without = (
+        "p.jsonl line 7: source gone.png does not exist",
+        "p.jsonl line 8: sources s.png does not exist",
+    )
+    assert find_image_problems(real_recipe(file, "dmd")) == without
+    found = find_image_problems(real_recipe(file, "dmd2"))
+    assert found == (
+        "p.jsonl line 2: image lost.png does not exist",
+        "p.jsonl line 4: dmd2 learns from real images; name one as 'image' or 'file'",
+        without[0],
+        f"p.jsonl line 7: target {images}/no/x.png does not exist",
+        without[1],
+        "p.jsonl line 8: dmd2 learns from real images; name one as 'target'",
+    )
+    recipe = real_recipe(file, "dmd2")
+    assert gather_facts(recipe).image_problems == found
+    with pytest.raises(DataError, match=r"(?s)6 problems.*p\.jsonl line 2: image lost\.png does"):
+        check_source(recipe, Facts(image_problems=found))
+    check_source(recipe, Facts())
+
+
+def test_a_plan_reads_tables_and_lists_of_text_alike(images) -> None:
+    file = images / "e.csv"
+    file.write_text(
+        "instruction,sources,target,category\nx,red.png; lost.png,blue.png,object\n"
+        'y,"red.png;green.png",,object\n'
+    )
+    assert find_image_problems(real_recipe(file, "consistency")) == (
+        "e.csv line 2: sources lost.png does not exist",
+        "e.csv line 3: consistency learns from real images; name one as 'target'",
+    )
+    (images / "p.txt").write_text("one\n\ntwo\n")
+    recipe = real_recipe(images / "p.txt", "dmd2")
+    assert find_image_problems(recipe) == () and count_available(recipe) == {"a": 0, "b": 0}
+    write_lines(images / "captions.jsonl", {"file": "red.png", "caption": "a", "category": "sky"})
+    write_lines(images / "edits.jsonl", {**OBJECT, "target": "lost.png"})
+    assert find_image_problems(real_recipe(images, "dmd2")) == (
+        "edits.jsonl line 1: target lost.png does not exist",
+    )
+
+
 @pytest.mark.parametrize("content", [b'{"prompt', b"\xff\n", b"3\n"])
 def test_a_damaged_list_is_left_to_its_reader(tmp_path, content) -> None:
     (tmp_path / "captions.jsonl").write_bytes(content)
     assert count_available(folder_recipe(tmp_path)) == {}
+    assert find_image_problems(real_recipe(tmp_path, "dmd2")) == ()
 
 
 def test_the_place_of_the_cache_is_not_part_of_the_hash(tmp_path) -> None:

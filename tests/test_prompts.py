@@ -722,6 +722,21 @@ def test_one_command_at_a_time_writes_a_pool(tmp_path: Path):
     assert len({row["hash"] for row in read_rows(out)}) == len(read_rows(out)) == 12
 
 
+def test_a_row_is_whole_however_little_the_system_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a full disk or after a signal, `os.write` may take a part of what it is given."""
+    rows = [{"prompt": f"number {i}", "hash": str(i)} for i in range(3)]
+    pool, write = PoolFile(tmp_path / "pool.jsonl", 0), os.write
+    with monkeypatch.context() as little:
+        little.setattr("fewstep.prompts.pool.os.write", lambda file, line: write(file, line[:7]))
+        for row in rows:
+            pool.append(row)
+    pool.close()
+    lines = (tmp_path / "pool.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
 def test_a_pool_that_grew_since_it_was_read_is_refused(tmp_path: Path):
     """What was read decides what is asked for: here another command has come and gone since."""
     out, spec = tmp_path / "pool.jsonl", spec_at(tmp_path)

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from fewstep.errors import DataError, FewstepError
 from fewstep.evals import curves, findings, gallery
+from fewstep.evals.findings import lede
 from fewstep.evals.grid import grid
 from fewstep.evals.markup import Html, h
 from fewstep.evals.report import write_report
-from fewstep.evals.report_html import lede
 from fewstep.evals.rows import Row, RowWriter
 from fewstep.evals.terminal import summary
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fewstep.errors import DataError, FewstepError
+from fewstep.errors import DataError, DiskError, FewstepError
 from fewstep.evals.rows import Row, RowKey, RowWriter, read_rows
 
 
@@ -53,6 +53,7 @@ def test_the_documented_row_is_accepted(tmp_path):
         "case": "t2i-portrait-0007", "prompt": "a face", "seed": 7, "image": "images/a.png",
         "source": None, "target": None, "score": 4.31, "subscores": {"quality": 4.1},
         "reasons": [], "status": "ok", "seconds": 0.21, "judge": "lab-oracle-1",
+        "content": "0123456789abcdef",
     }  # fmt: skip
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(line) + "\n")
@@ -134,13 +135,13 @@ def test_an_interrupted_evaluation_skips_what_is_scored_and_retries_what_is_not(
     failed = make_row(seed=1, score=None, status="unscored: timeout")
     write(path, scored, failed)
     with RowWriter(path) as log:
-        assert log.is_scored(scored.key)
-        assert not log.is_scored(failed.key)
-        assert not log.is_scored(scored.key._replace(judge="another"))
-        assert not log.is_scored(RowKey("teacher-80nfe", "t2i-portrait-0008", 0, "lab-oracle-1"))
+        assert log.scored(scored.key)
+        assert not log.scored(failed.key)
+        assert not log.scored(scored.key._replace(judge="another"))
+        assert not log.scored(RowKey("teacher-80nfe", "t2i-portrait-0008", 0, "lab-oracle-1"))
         retried = make_row(seed=1, score=2.5)
         log.write(retried)
-        assert log.is_scored(retried.key)
+        assert log.scored(retried.key)
     assert read_rows(path) == ((scored, retried), 1, None)
 
 
@@ -168,14 +169,15 @@ with RowWriter(Path(sys.argv[1])) as log:
             log.write(make_row(seed=seed))
         except FewstepError as error:
             print(seed, error)
-            break
+            sys.exit(error.exit_code)
 """
 
 
 def test_a_full_disk_loses_nothing_that_was_logged(tmp_path):
     path = tmp_path / "rows.jsonl"
     command = [sys.executable, "-c", FILL_THE_DISK, str(path), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == DiskError.exit_code, done.stderr
     count, _, message = done.stdout.partition(" ")
     rows, _, truncated = read_rows(path)
     assert len(rows) == int(count) > 0

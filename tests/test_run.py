@@ -327,6 +327,24 @@ def test_a_full_disk_keeps_the_checkpoint_and_says_what_to_do(
     assert same_student(stopped, world.run)
 
 
+@pytest.mark.parametrize("lost", ["student.safetensors", "eval/rows.jsonl", "report.html", ""])
+def test_a_full_disk_has_one_exit_code_whatever_is_written(
+    world: World, finished: Path, fewstep: Fewstep, lost: str
+) -> None:
+    """The student, rows and images, a report, a sample; the same command is right afterwards."""
+    if lost:
+        (finished / lost).unlink()
+    command = {
+        "student.safetensors": ("distill", world.recipe, "--out", finished, "--resume"),
+        "eval/rows.jsonl": ("eval", finished),
+        "report.html": ("report", finished),
+        "": ("sample", finished, "-p", "a red house", "--seeds", "0-1"),
+    }[lost]
+    with full_disk(1000):
+        complaint(fewstep(*command), 6)
+    assert fewstep(*command).code == 0
+
+
 def test_another_recipe_or_retrained_teachers_are_not_resumed(
     world: World, stopped: Path, fewstep: Fewstep
 ) -> None:
@@ -697,6 +715,7 @@ def test_a_long_note_leaves_count_and_time_left_on_a_narrow_terminal(
 ) -> None:
     lines = shown_progress(monkeypatch, terminal=True).replace("\r", "\n").splitlines()
     assert any("300/300" in line and "loss/fake" in line for line in lines)
+    assert not any("same" in line for line in lines), "cut, and not on another line"
     assert all(len(re.sub(r"\x1b\[[0-9?]*[a-zA-Z]", "", line)) <= 80 for line in lines)
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from fewstep.errors import CellsFailed, RecipeError, RunError
 from fewstep.evals.rows import read_rows
 from fewstep.recipe.facts import local_machine
+from fewstep.recipe.judging import GREETING
 from fewstep.recipe.load import load_layered, load_recipe
 from fewstep.recipe.plan import make_plan
 from fewstep.recipe.schema import Task
@@ -48,10 +49,12 @@ from fewstep.sweep.predict import (
     nominal,
     predict,
     predict_all,
+    requests_to_measure,
     wall_clock,
 )
 from fewstep.sweep.progress import Display, duration, last_update
 from fewstep.sweep.study import Cell, load_study, make_cells, make_reference
+from tests.test_judge import Seen, brightness, eyes
 from tests.test_run import same_student, steps_logged, write_recipe, write_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -438,6 +441,58 @@ def test_a_cells_seconds_are_the_sum_of_its_parts(write: Write):
     assert predict(cell, both) == predict(cell, measured())
 
 
+JUDGE = {"kind": "endpoint", "url": "http://localhost:9/v1", "model": "seer", "repeats": 3}
+"""Of the judge of a study; nobody answers there."""
+
+
+def judged(**changes: Any) -> dict[str, Any]:
+    return changes | {"evaluation": {"per_category": 2, "seed": 50, "judge": JUDGE}}
+
+
+def test_a_dry_run_adds_up_what_the_judge_is_asked(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """2 categories of 2 cases, 3 judgements each and 2 requests to begin with; the reference has
+    the same cases of the teacher. 2 variants with 2 seeds, of which one cell is done."""
+    path, out = write(**judged(seeds=[0, 1])), tmp_path / "out"
+    cells = cells_of(path)
+    write_study(out, load_study(path), cells, {cell.name: 1.0 for cell in cells})
+    write_state(cell_folder(out, cells[1]), finished(cells[1]))
+
+    def dry(**changes: Any) -> str:
+        capsys.readouterr()
+        options = {"overrides": {}, "environment": {}, "dry_run": True, "measure_first": False}
+        run_sweep(write(seeds=[0, 1], **changes), out=out, **options)
+        return capsys.readouterr().out
+
+    told = dry(**judged())
+    assert "requests" in told and told.count(" 14 ") == 3, "each variant and the reference"
+    assert "Up to 56 requests to seer for 16 images; its price is the endpoint's." in told
+    assert "judge" not in dry() and "requests" not in dry()
+
+
+def test_the_seconds_of_judging_are_part_of_a_cell(write: Write):
+    slow = COSTS.model_copy(update={"judge": 10.0})
+    slowly = measured().model_copy(update={"costs": {"dmd": slow}})
+    own = cells_of(write())[0]
+    assert predict(own, slowly) == predict(own, measured()), "its own judge, in `image`"
+    path = write(**judged())
+    for cell in (cells_of(path)[0], make_reference(load_study(path), cells_of(path))):
+        assert cell and predict(cell, slowly) - predict(cell, measured()) == 4 * 10.0
+
+
+def test_a_measurement_says_what_it_asks_of_the_judge(write: Write):
+    """One short run by kind of objective: 2 categories, 2 models, 2 cases, and 2 to begin with."""
+    variants = {
+        "dmd": {"title": "dmd"},
+        "more": {"title": "more of it", "set": {"objective": {"fake_updates": 3}}},
+        "tdm": {"title": "tdm", "set": {"objective": {"kind": "tdm"}}},
+    }
+    cells = cells_of(write(**judged(variants=variants)))
+    assert requests_to_measure(cells) == 2 * (2 * 2 * 2 * 3 + 2)
+    assert requests_to_measure(cells_of(write(variants=variants))) == 0
+
+
 def test_the_reference_models_cost_by_their_evaluations(write: Write):
     """Two images of each task: 3 steps with CFG of T2I, 3 without of editing, and the cut to 4."""
     study = load_study(write(reference=["teacher", "teacher_cut"]))
@@ -709,15 +764,17 @@ def test_the_reference_is_an_evaluation_of_a_folder_with_recipe_and_plan(
     assert state is not None and state.status == "done" and state.finished
 
 
-def prepared(folder: Path) -> Path:
-    """What a run leaves that took known seconds; `interpreter` copies it."""
+def prepared(folder: Path, *, judge: float | None = None) -> Path:
+    """What a run leaves that took known seconds; `interpreter` copies it. With `judge`, those of an
+    endpoint, which leaves a second row of each image."""
     rows = [
-        {"model": model, "nfe": nfe, "seconds": seconds}
+        {"model": model, "case": case, "seed": 0, "nfe": nfe, "seconds": seconds}
         for model, nfe, seconds in (("teacher-6nfe", 6, 1.5), ("student-4nfe", 4, 0.1))
-        for _ in range(2)
-    ]
+        for case in "ab"
+    ] * (1 if judge is None else 2)
+    phases = {"prepare data and teachers": 10.0, "distil": 60.0, "evaluate": 20.0}
     summary = {
-        "seconds": {"prepare data and teachers": 10.0, "distil": 60.0, "evaluate": 20.0},
+        "seconds": phases if judge is None else phases | {"judge": judge},
         "pools": {"portrait": 2.0, "style": 4.0},
     }
     seconds = (9.0, 2.0, 2.0, 4.0, 2.0, 2.0)
@@ -728,6 +785,18 @@ def prepared(folder: Path) -> Path:
         "".join(f"{json.dumps({'step': i, 'seconds': s})}\n" for i, s in enumerate(seconds, 1))
     )
     return folder
+
+
+def test_what_an_endpoint_takes_is_told_from_drawing(
+    write: Write, tmp_path: Path, interpreter: Callable[[str], None]
+):
+    costs = []
+    for name, judge in (("own", None), ("asked", 6.0)):
+        interpreter(f'cp -r {prepared(tmp_path / name, judge=judge)}/. "$6"')
+        costs.append(measure(cells_of(write()), Slot(0, CPU, 2), dict(os.environ)).costs["dmd"])
+    own, asked = costs
+    assert (own.judge, asked.judge) == (0.0, 6.0 / 4)
+    assert (asked.image, asked.evaluation) == (own.image, own.evaluation)
 
 
 def test_costs_are_read_off_a_short_run_of_the_dearest_cell(
@@ -1014,6 +1083,23 @@ def test_stopping_a_sweep_stops_its_runs_and_says_how_to_go_on(write: Write, tmp
     ended.wait()
     state = read_state(folder)
     assert state is not None and (state.threads, state.starts) == (2, 2)
+
+
+@pytest.mark.slow
+def test_a_measurement_with_a_judge_takes_its_time_and_asks_as_often_as_it_says(write: Write):
+    asked = [0]
+
+    def look(seen: Seen, _number: int) -> None:
+        asked[0] += 1
+        time.sleep(0.3)
+        brightness(seen)
+
+    with eyes(look) as url:
+        judge = JUDGE | {"url": url, "parallel": 1, "repeats": 2}
+        cells = cells_of(write(evaluation={"per_category": 2, "seed": 50, "judge": judge}))
+        measured = measure(cells, make_slots(1, [], 1)[0], ONE_THREAD)
+    assert asked[0] + GREETING == requests_to_measure(cells) == 2 * 2 * 2 * 2 + 2
+    assert 0.6 < measured.costs["dmd"].judge < 3, "two judgements an image, one after the other"
 
 
 @pytest.mark.slow

@@ -94,14 +94,64 @@ def test_only_what_is_asked_for_and_trained_on_is_looked_at(images: Path) -> Non
     assert read_prompts(write_lines(file, held_out), targets=True)[0].target is None
 
 
-def test_one_prompt_may_have_several_images(images: Path) -> None:  # noqa: F811
+READ_OR_NOT = pytest.mark.parametrize("targets", [True, False])
+"""A file is right for objectives that learn from real images and for the others alike."""
+
+
+@READ_OR_NOT
+def test_one_prompt_may_have_several_images(images: Path, targets: bool) -> None:  # noqa: F811
     rows = [{"prompt": "a", "image": f"{colour}.png"} for colour in ("red", "blue")]
+    edits = [
+        {"instruction": "b", "source": "green.png", "target": f"{colour}.png"}
+        for colour in ("red", "blue")
+    ]
     file = write_lines(images / "p.jsonl", *rows)
-    assert [goal for *_, goal in goals(read_prompts(file, targets=True))] == ["red", "blue"]
-    with pytest.raises(DataError, match=r"same prompt as p\.jsonl line 1"):
-        read_prompts(write_lines(file, rows[0], rows[0]), targets=True)
-    with pytest.raises(DataError, match=r"same prompt as p\.jsonl line 1"):
-        read_prompts(write_lines(file, *rows))
+    found = goals(read_prompts(file, targets=targets))
+    assert [goal for *_, goal in found] == (["red", "blue"] if targets else [None, None])
+    found = goals(read_prompts(write_lines(images / "e.jsonl", *edits), targets=targets))
+    assert [goal for *_, goal in found] == (["red", "blue"] if targets else [None, None])
+
+
+@READ_OR_NOT
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},  # the same image
+        {"image": None},  # none beside one
+        {"image": "blue.png", "split": "eval"},  # trained on and evaluated with
+    ],
+)
+def test_a_prompt_is_not_repeated_otherwise(
+    images: Path,  # noqa: F811
+    change: dict[str, Any],
+    targets: bool,
+) -> None:
+    row = {"prompt": "a", "image": "red.png"}
+    for rows in ([row, row | change], [row | change, row]):
+        file = write_lines(images / "p.jsonl", *rows)
+        with pytest.raises(DataError, match=r"line 2: same prompt as p\.jsonl line 1; remove one"):
+            read_prompts(file, targets=targets)
+
+
+@READ_OR_NOT
+def test_images_of_one_prompt_in_tables_and_shards(
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+    targets: bool,
+) -> None:
+    pyarrow: Any = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    cells = [{"bytes": picture(colour), "path": None} for colour in ("red", "blue")]
+    table = pyarrow.table({"caption": ["a", "a"], "image": cells})
+    pyarrow.parquet.write_table(table, images / "p.parquet")
+    pairs = {"0.txt": b"a", "0.png": picture("red"), "1.txt": b"a", "1.png": picture("blue")}
+    for path in (images / "p.parquet", write_tar(tmp_path / "s.tar", pairs)):
+        found = [goal for *_, goal in goals(read_prompts(path, targets=targets))]
+        assert found == (["red", "blue"] if targets else [None, None])
+    bare = pyarrow.table({"caption": ["a", "a"]})
+    pyarrow.parquet.write_table(bare, images / "p.parquet")
+    with pytest.raises(DataError, match=r"row 2: same prompt as p\.parquet row 1"):
+        read_prompts(images / "p.parquet", targets=targets)
 
 
 @pytest.mark.parametrize(

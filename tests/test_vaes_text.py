@@ -458,19 +458,19 @@ def test_full_disk_is_a_message_and_leaves_no_file(tmp_path: Path) -> None:
         "import resource, sys, numpy as np\n"
         "from fewstep.data.latents import cache_latents\n"
         "from fewstep.models.vaes import PixelCodec\n"
-        "from fewstep.errors import DataError\n"
+        "from fewstep.errors import DiskError\n"
         "class Images:\n"
         "    pixel_digests = tuple(map(str, range(8)))\n"
         "    def pixels(self, indices, /): return np.zeros((len(indices), 16, 16, 3), np.uint8)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "try: cache_latents(PixelCodec(), Images(), cache_dir=sys.argv[1])\n"
-        "except DataError as error: print(error); sys.exit(error.exit_code)\n"
+        "except DiskError as error: print(error); sys.exit(error.exit_code)\n"
     )
     assert resource.RLIMIT_FSIZE is not None
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
     )
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == 6, done.stderr
     assert "no room for the cache" in done.stdout and list(tmp_path.iterdir()) == []
 
 

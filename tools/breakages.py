@@ -1,11 +1,12 @@
-"""Break one line at a time and see a test fail: `python tools/breakages.py [--only NAME]`.
+"""Break one line at a time and see a test fail: `python tools/breakages.py [--only NAME ...]`.
 
 Works on a copy of the package and the tests in a temporary folder. Each breakage names the one test
 that must fail under it and pass without it. A new one is one more row in BREAKAGES, then
 `--document` to put it into the table of docs/numerics.md.
 
 Exit code 1 if a breakage survives, its line is no longer found exactly once, its test does not pass
-on the unbroken code, or that table is out of date. --only also shows how the test fails.
+on the unbroken code, or that table is out of date. --only with one NAME also shows how the test
+fails.
 """
 
 import argparse
@@ -184,7 +185,7 @@ BREAKAGES = [
     ),
     Breakage(
         "source-dropped-in-unconditional",
-        "core/types.py",
+        "models/lab.py",
         "text_mask=self.text_mask[:, :0])",
         "text_mask=self.text_mask[:, :0], source=None)",
         "test_guidance.py::test_unconditional_branch_drops_text_and_keeps_the_source",
@@ -206,8 +207,8 @@ BREAKAGES = [
     Breakage(
         "one-scale-for-all-teachers",
         "guidance.py",
-        "scales[name]",
-        "max(scales.values())",
+        "cond[seen], scales[name]).float()",
+        "cond[seen], max(scales.values())).float()",
         "test_guidance.py::test_one_hot_is_the_single_teacher_bit_for_bit",
     ),
     Breakage(
@@ -227,8 +228,8 @@ BREAKAGES = [
     Breakage(
         "idle-teachers-called",
         "guidance.py",
-        "for row in weights for name, share in row.items() if share > 0}",
-        "for row in weights for name, share in row.items()}",
+        "for row in rows for name, share in row.items() if share > 0}",
+        "for row in rows for name, share in row.items()}",
         "test_guidance.py::test_teachers_without_weight_are_never_called",
     ),
     # DMD
@@ -391,15 +392,15 @@ BREAKAGES = [
     Breakage(
         "lambda-of-step-0",
         "train/step.py",
-        "return [condition.weights[k] for condition in conditions], scales",
-        "return [condition.weights[0] for condition in conditions], scales",
+        "return Mix([c.weights[k] for c in own]",
+        "return Mix([c.weights[0] for c in own]",
         "tests/test_loop.py::test_the_student_gradient_is_equation_7_by_hand",
     ),
     Breakage(
         "lambda-of-one-category",
         "train/step.py",
-        "return [condition.weights[k] for condition in conditions], scales",
-        "return [conditions[0].weights[k] for _ in conditions], scales",
+        "return Mix([c.weights[k] for c in own]",
+        "return Mix([own[0].weights[k] for _ in own]",
         "tests/test_loop.py::test_the_student_gradient_is_equation_7_by_hand",
     ),
     Breakage(
@@ -426,7 +427,7 @@ BREAKAGES = [
     Breakage(
         "finite-check-missing",
         "train/step.py",
-        '    check_finite(direction, "score difference")',
+        '    check_finite(direction, "score difference", batch)',
         "    pass",
         "tests/test_loop.py::test_a_value_that_is_not_finite_stops_before_anything_is_updated",
     ),
@@ -940,7 +941,7 @@ BREAKAGES = [
     Breakage(
         "ranks-all-draw",
         "train/loop.py",
-        "if sample_due(d.step) and d.ranks.is_lead:",
+        "if sample_due(d.step) and draws:",
         "if sample_due(d.step):",
         "tests/test_ranks.py::test_the_lead_goes_first_and_alone_draws_and_saves",
     ),
@@ -950,6 +951,126 @@ BREAKAGES = [
         "self.collect(lambda: turn(self.is_lead))",
         "self.collect(lambda: turn(True))",
         "tests/test_ranks.py::test_the_lead_goes_first_and_alone_draws_and_saves",
+    ),
+    # a cast in parts
+    Breakage(
+        "parts-averaged-again",
+        "train/ranks.py",
+        "own = [p for p in module.parameters() if not isinstance(p, DTensor)]",
+        "own = list(module.parameters())",
+        "tests/test_sharding.py::test_a_step_in_parts_is_that_of_the_whole",
+    ),
+    Breakage(
+        "parts-clipped-each-by-its-own-norm",
+        "train/sharding.py",
+        "norm = whole(nn.utils.get_total_norm(gradients))",
+        "norm = nn.utils.get_total_norm([g.to_local() for g in gradients])",
+        "tests/test_sharding.py::test_gradients_in_parts_are_clipped_by_the_norm_of_all_of_them[0.5]",
+    ),
+    Breakage(
+        "parts-saved-for-the-whole",
+        "train/sharding.py",
+        "tensor = whole(parameter.detach())",
+        "tensor = parameter.detach().to_local()",
+        "tests/families/test_sharding.py::test_the_lead_alone_keeps_the_gathered_student",
+    ),
+    Breakage(
+        "parts-checked-each-by-itself",
+        "train/step.py",
+        "not whole(p.grad).isfinite().all()",
+        "not p.grad.to_local().isfinite().all()",
+        "tests/test_sharding.py::test_a_part_that_is_not_finite_stops_all_ranks_before_the_weights_move",
+    ),
+    Breakage(
+        "parts-previous-state-lost",
+        "train/sharding.py",
+        "folder.replace(before)",
+        "rmtree(folder)",
+        "tests/test_sharding.py::test_a_damaged_state_gives_way_to_the_one_before[truncated]",
+    ),
+    Breakage(
+        "parts-moments-not-loaded",
+        "train/sharding.py",
+        "{place: tensors[_key(place)] for place in places}",
+        "split(own).parts",
+        "tests/test_sharding.py::test_a_state_comes_back_on_any_number_of_ranks[3]",
+    ),
+    Breakage(
+        "parts-root-stays-gathered",
+        "models/sharding.py",
+        '"reshard_after_forward": True',
+        '"reshard_after_forward": None',
+        "tests/families/test_sharding.py::test_what_plays_is_what_the_weights_are_now",
+    ),
+    Breakage(
+        "parts-first-gathered-by-a-sampler",
+        "models/sharding.py",
+        "sharded.unshard()",
+        "pass",
+        "tests/families/test_sharding.py::test_what_plays_is_what_the_weights_are_now",
+    ),
+    Breakage(
+        "parts-called-unequally-often",
+        "models/readings.py",
+        "groups += [groups[0]] * (calls(len(groups)) - len(groups))",
+        "pass",
+        "tests/families/test_sharding.py::test_calls_beyond_the_layouts_change_neither_answer_nor_gradient",
+    ),
+    Breakage(
+        "parts-of-unequal-calls",
+        "models/roles.py",
+        "self.calls, self.is_sharded = shards.most, True",
+        "self.is_sharded = True",
+        "tests/families/test_sharding.py::test_what_plays_is_what_the_weights_are_now",
+    ),
+    Breakage(
+        "parts-of-unequal-company",
+        "train/loop.py",
+        'about["company"] = tuple(self.pools[name].category for name in names)',
+        'about["company"] = ()',
+        "tests/test_sharding.py::test_a_batch_knows_the_categories_and_troubles_of_all_ranks",
+    ),
+    Breakage(
+        "parts-teachers-asked-alone",
+        "guidance.py",
+        "rows = (*weights, *company)",
+        "rows = weights",
+        "tests/test_shard_plan.py::test_teachers_of_the_company_are_asked_and_not_heard[scores]",
+    ),
+    Breakage(
+        "parts-augmentation-asked-alone",
+        "train/methods.py",
+        "if not len(seen) and any(row.get(name) for row in company):",
+        "if False:",
+        "tests/test_shard_plan.py::test_teachers_of_the_company_are_asked_and_not_heard[augmentation]",
+    ),
+    Breakage(
+        "parts-not-finite-known-here-alone",
+        "train/step.py",
+        "if batch.anywhere(not torch.isfinite(x).all()):",
+        "if not torch.isfinite(x).all():",
+        "tests/test_shard_plan.py::test_a_value_that_is_not_finite_elsewhere_stops_this_device_too",
+    ),
+    Breakage(
+        "plan-of-parts-as-of-the-whole",
+        "recipe/cost.py",
+        "parts = devices if splits_cast(recipe, devices) else 1",
+        "parts = 1",
+        "tests/test_shard_plan.py::test_a_split_full_cast_by_hand",
+    ),
+    Breakage(
+        "plan-without-what-is-gathered",
+        "recipe/cost.py",
+        'return 2 * weights if recipe.model.roles.kind == "full" else weights',
+        "return weights",
+        "tests/test_shard_plan.py::test_a_split_full_cast_by_hand",
+    ),
+    Breakage(
+        "hash-of-how-the-cast-lies",
+        "recipe/schema.py",
+        'del content["model"]["cast"]["shard"]',
+        "pass",
+        "tests/test_shard_plan.py::test_how_the_cast_lies_is_no_part_of_a_recipes_hash",
     ),
     # roles of real models
     Breakage(
@@ -963,7 +1084,7 @@ BREAKAGES = [
         "role-recomputed-as-another",
         "models/roles.py",
         "with self.playing(role):",
-        "with nullcontext():",
+        "with self.playing(self._playing):",
         "tests/families/test_roles.py::test_trap_plain_checkpointing_recomputes_in_the_wrong_role",
     ),
     Breakage(
@@ -1033,8 +1154,8 @@ BREAKAGES = [
     Breakage(
         "features-of-the-base",
         "models/roles.py",
-        "return features(self.family, x, now, part, network)",
-        "return features(self.family, x, now, part)",
+        "hidden = features(self.family, x, now, part, network)",
+        "hidden = features(self.family, x, now, part)",
         "tests/families/test_features.py::test_a_full_copy_shows_its_own_features",
     ),
     Breakage(
@@ -1318,9 +1439,44 @@ BREAKAGES = [
     Breakage(
         "judge-drawn-images-drawn-again",
         "evals/runner.py",
-        "return row is not None and row.prompt == case.prompt and (out / row.image).is_file()",
-        "return False",
-        "tests/test_judge.py::test_an_image_drawn_for_another_prompt_or_deleted_is_drawn_again",
+        "left = [c for c in group if _item(contestant, c) not in rows.drawn]",
+        "left = group",
+        "tests/test_judge.py::test_what_is_evaluated_must_be_what_was_judged",
+    ),
+    Breakage(
+        "judge-rows-of-another-case",
+        "evals/runner.py",
+        "return row.content == _content(case, image)",
+        "return True",
+        "tests/test_judge.py::test_what_is_evaluated_must_be_what_was_judged",
+    ),
+    Breakage(
+        "judge-old-rows-trusted",
+        "evals/runner.py",
+        "return judged_later is not None and row.prompt == case.prompt",
+        "return row.prompt == case.prompt",
+        "tests/test_judge.py::test_rows_that_do_not_say_what_was_judged_are_judged_again",
+    ),
+    Breakage(
+        "judge-scores-of-what-was-there",
+        "evals/judging.py",
+        "if now is not None and now != scored.content:",
+        "if False:",
+        "tests/test_judge.py::test_a_judgement_is_of_the_pictures_and_the_prompt_that_it_was_given",
+    ),
+    Breakage(
+        "judge-content-of-the-image-alone",
+        "evals/pictures.py",
+        "for picture in (image, source, target):",
+        "for picture in (image,):",
+        "tests/test_judge.py::test_a_judgement_is_of_the_pictures_and_the_prompt_that_it_was_given",
+    ),
+    Breakage(
+        "judge-content-without-prompt",
+        "evals/pictures.py",
+        'f"{task}\\0{category}\\0{prompt}"',
+        'f"{task}"',
+        "tests/test_judge.py::test_a_judgement_is_of_the_pictures_and_the_prompt_that_it_was_given",
     ),
     Breakage(
         "judge-check-ties-win",
@@ -1329,24 +1485,329 @@ BREAKAGES = [
         "sum(a >= b for a, b in pairs)",
         "tests/test_judge.py::test_a_judge_that_knows_the_pictures_has_every_order_right_and_a_blind_one_none",
     ),
+    # the lab's open edits and how they are judged
+    Breakage(
+        "lab-sign-keeps-its-lettering",
+        "lab/edits.py",
+        "after = replace(after, sign=other.nuisance)",
+        "after = replace(after, sign=None)",
+        "tests/test_lab_world.py::test_another_sign_stands_in_the_same_street",
+    ),
+    Breakage(
+        "lab-sign-moves-the-street",
+        "lab/world.py",
+        "image = _draw_street(u)",
+        "image = _draw_street(Open(scene.sign or scene.nuisance))",
+        "tests/test_lab_world.py::test_another_sign_stands_in_the_same_street",
+    ),
+    Breakage(
+        "lab-elsewhere-in-the-same-place",
+        "lab/edits.py",
+        "after = replace(before.with_(changed), nuisance=int(rng.integers(2**31)))",
+        "after = before.with_(changed)",
+        "tests/test_lab_world.py::test_elsewhere_the_landmarks_stay_and_two_surroundings_change",
+    ),
+    Breakage(
+        "lab-evaluation-source-leaks-into-training",
+        "lab/edits.py",
+        "sides = (edit.after,) if evaluation else (edit.before, edit.after)",
+        "sides = (edit.after,)",
+        "tests/test_lab_world.py::test_edits_of_training_show_nothing_held_out_and_those_of_evaluation_ask_for_it",
+    ),
+    Breakage(
+        "oracle-repair-by-target",
+        "lab/oracle.py",
+        "done = gain(image, source, target) if before is None else repaired(look, before)",
+        "done = gain(image, source, target)",
+        "tests/test_lab_world.py::test_a_lossy_repair_is_judged_by_what_is_damaged_and_not_by_closeness_to_one_target",
+    ),
+    Breakage(
+        "oracle-repair-sign",
+        "lab/oracle.py",
+        "np.clip((damage - look.distance) / whole, 0, 1)",
+        "np.clip((look.distance - damage) / whole, 0, 1)",
+        "tests/test_lab_world.py::test_a_lossy_repair_is_judged_by_what_is_damaged_and_not_by_closeness_to_one_target",
+    ),
+    Breakage(
+        "oracle-sign-keeps-the-sign",
+        "lab/oracle.py",
+        "values = np.sort(change[fixed])",
+        "values = np.sort(change[~fixed])",
+        "tests/test_lab_world.py::test_the_right_sign_in_another_street_is_not_kept",
+    ),
+    Breakage(
+        "oracle-sign-may-not-move",
+        "lab/oracle.py",
+        "free = min(0.5 * (~fixed).sum(), 0.5 * len(values))",
+        "free = 0",
+        "tests/test_lab_world.py::test_another_lettering_of_the_sign_is_as_right_as_the_true_one",
+    ),
+    Breakage(
+        "oracle-sign-spelling-uncapped",
+        "lab/oracle.py",
+        'score = capped(score, score_of(credit(look, edit.after, "word")), CAP_WORD)',
+        "score = min(score, 5.0)",
+        "tests/test_lab_world.py::test_a_sign_with_another_word_or_board_is_not_what_was_asked",
+    ),
+    # means over micro-batches and ranks
+    Breakage(
+        "metrics-mean-of-means",
+        "train/instruments.py",
+        "told.setdefault(key, []).extend(value if isinstance(value, list) else [value])",
+        "told.setdefault(key, []).append(fmean(value) if isinstance(value, list) else value)",
+        "tests/test_instruments.py::test_metrics_do_not_depend_on_how_the_samples_are_cut",
+    ),
+    Breakage(
+        "gap-mean-of-roots",
+        "train/instruments.py",
+        'told[f"gap/{category}"] = own',
+        'told[f"gap/{category}"] = [sqrt(g) for g in own]',
+        "tests/test_instruments.py::test_metrics_do_not_depend_on_how_the_samples_are_cut",
+    ),
+    Breakage(
+        "gap-without-its-root",
+        "train/instruments.py",
+        'sqrt(mean) if key.startswith("gap/") else mean for',
+        "mean for",
+        "tests/test_instruments.py::test_metrics_do_not_depend_on_how_the_samples_are_cut",
+    ),
+    # what probes, prompts and caches hold on to
+    Breakage(
+        "probe-score-unscored",
+        "evals/probe.py",
+        "scores = [verdict.score for verdict in verdicts if verdict.score is not None]",
+        "scores = [verdict.score or 1.0 for verdict in verdicts]",
+        "tests/test_instruments.py::test_what_the_judge_could_not_score_is_in_no_mean",
+    ),
+    Breakage(
+        "probe-judge-order",
+        "evals/probe.py",
+        "cases = [case for case in drawn.cases for _ in range(seeds)]",
+        "cases = [case for _ in range(seeds) for case in drawn.cases]",
+        "tests/test_instruments.py::test_what_the_judge_could_not_score_is_in_no_mean",
+    ),
+    Breakage(
+        "probe-collapsed-categories",
+        "evals/probe.py",
+        'and key.count("/") == 2',
+        'and key.count("/") >= 2',
+        "tests/test_instruments.py::test_a_category_alone_is_no_collapse",
+    ),
+    Breakage(
+        "pool-short-write",
+        "prompts/pool.py",
+        "        while line:",
+        "        if line:",
+        "tests/test_prompts.py::test_a_row_is_whole_however_little_the_system_takes_at_once",
+    ),
+    Breakage(
+        "verify-only-tells",
+        "data/tensorstore.py",
+        "self._forget(bad)",
+        "pass",
+        "tests/test_conditions.py::test_verify_finds_a_flipped_bit_that_a_header_does_not_show",
+    ),
+    Breakage(
+        "repeated-without-source",
+        "data/promptfiles.py",
+        "prompt = (record.task, record.prompt, *(image.digest for image in record.sources))",
+        "prompt = (record.task, record.prompt)",
+        "tests/test_promptfiles.py::test_one_instruction_may_be_given_for_several_images",
+    ),
+    Breakage(
+        "repeated-with-another-image",
+        "data/promptfiles.py",
+        'if shown and (not record.shows or "" in shown or record.shows in shown):',
+        "if shown:",
+        "tests/test_targets.py::test_one_prompt_may_have_several_images",
+    ),
+    Breakage(
+        "repeated-in-the-evaluation",
+        "data/promptfiles.py",
+        'if shown and (not record.shows or "" in shown or record.shows in shown):',
+        "if record.shows in shown:",
+        "tests/test_targets.py::test_a_prompt_is_not_repeated_otherwise",
+    ),
+    Breakage(
+        "image-not-looked-for",
+        "recipe/available.py",
+        "return file.name in folders[folder] or file.is_file()",
+        "return True",
+        "tests/test_promptfiles.py::test_a_plan_sees_which_images_are_not_there",
+    ),
+    Breakage(
+        "real-image-not-asked-for",
+        "recipe/available.py",
+        "if asked and not named and (row.task, row.category) in trained:",
+        "if False:",
+        "tests/test_promptfiles.py::test_a_plan_sees_which_images_are_not_there",
+    ),
+    Breakage(
+        "full-disk-with-a-code-of-its-own",
+        "errors.py",
+        "kind = DiskError if error.errno in FULL else FewstepError",
+        "kind = FewstepError",
+        "tests/test_rows.py::test_a_full_disk_loses_nothing_that_was_logged",
+    ),
+    # messages
+    Breakage(
+        "claim-whatever-it-began-with",
+        "session.py",
+        "if before.get(name, value) != value:",
+        "if False:",
+        "tests/test_run.py::test_another_recipe_or_retrained_teachers_are_not_resumed",
+    ),
+    Breakage(
+        "claim-over-a-run",
+        "session.py",
+        "if has_state(out / LAST) or any((out / name).exists() for name in results):",
+        "if False:",
+        "tests/test_run.py::test_a_run_is_never_overwritten",
+    ),
+    Breakage(
+        "note-takes-the-line",
+        "session.py",
+        'table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),',
+        "table_column=Column(no_wrap=True),",
+        "tests/test_run.py::test_a_long_note_leaves_count_and_time_left_on_a_narrow_terminal",
+    ),
+    Breakage(
+        "note-on-a-second-line",
+        "session.py",
+        'table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),',
+        "table_column=Column(ratio=1),",
+        "tests/test_run.py::test_a_long_note_leaves_count_and_time_left_on_a_narrow_terminal",
+    ),
+    Breakage(
+        "line-wraps",
+        "session.py",
+        "markup=False, highlight=False, soft_wrap=True)",
+        "markup=False, highlight=False)",
+        "tests/test_run.py::test_without_a_terminal_progress_is_a_whole_line_with_the_time_left",
+    ),
+    Breakage(
+        "eta-from-the-first-start",
+        "session.py",
+        "rate = (now - first) / elapsed if elapsed else 0.0",
+        "rate = now / elapsed if elapsed else 0.0",
+        "tests/test_run.py::test_without_a_terminal_progress_is_a_whole_line_with_the_time_left",
+    ),
+    Breakage(
+        "out-folder-refused-after-drawing",
+        "inputs.py",
+        "out.parent.mkdir(parents=True, exist_ok=True)",
+        "pass",
+        "tests/test_run.py::test_a_picture_that_cannot_be_placed_is_refused_before_anything_is_drawn",
+    ),
+    Breakage(
+        "crop-not-told",
+        "inputs.py",
+        "if image.width != image.height:",
+        "if False:",
+        "tests/test_run.py::test_source_images_of_every_kind_are_taken_and_changes_are_told",
+    ),
+    # studies and what they support
+    Breakage(
+        "study-images-counted-twice",
+        "sweep/predict.py",
+        'rows = {(row["model"], row["case"], row["seed"]): row for row in logged}.values()',
+        "rows = logged",
+        "tests/test_sweep.py::test_what_an_endpoint_takes_is_told_from_drawing",
+    ),
+    Breakage(
+        "study-seconds-without-judging",
+        "sweep/predict.py",
+        "judging = plan.judge.images * costs.judge if plan.judge else 0.0",
+        "judging = 0.0",
+        "tests/test_sweep.py::test_the_seconds_of_judging_are_part_of_a_cell",
+    ),
+    Breakage(
+        "study-requests-of-finished-cells",
+        "sweep/command.py",
+        "if judges := [cell.plan.judge for cell in to_run if cell.plan.judge]:",
+        "if judges := [cell.plan.judge for cell in everything if cell.plan.judge]:",
+        "tests/test_sweep.py::test_a_dry_run_adds_up_what_the_judge_is_asked",
+    ),
+    Breakage(
+        "base-winner-by-mean",
+        "study_report/tables.py",
+        "if e.interval.low is not None and e.interval.low > 0]",
+        "if e.interval.value > 0]",
+        "tests/test_study_report.py::test_why_no_student_beats_the_base_teacher",
+    ),
+    Breakage(
+        "recommend-winner-by-mean",
+        "study_report/recommend.py",
+        "for role, duel in found.items() if duel.better}",
+        "for role, duel in found.items() if duel.total > 0}",
+        "tests/test_recommend.py::test_a_trade_between_tasks_is_no_improvement",
+    ),
+    Breakage(
+        "recommend-best-of-equals-by-mean",
+        "study_report/recommend.py",
+        "        if not duel.better:",
+        "        if duel.total <= 0:",
+        "tests/test_recommend.py::test_the_simplest_of_equals_is_chosen",
+    ),
+    Breakage(
+        "recommend-better-on-one-task",
+        "study_report/recommend.py",
+        "return _Duel(1 in signs and -1 not in signs,",
+        "return _Duel(1 in signs,",
+        "tests/test_recommend.py::test_a_trade_between_tasks_is_no_improvement",
+    ),
+    Breakage(
+        "recommend-what-destabilises",
+        "study_report/recommend.py",
+        'if "specialised_only" in better and _destabilises(study):',
+        "if False:",
+        "tests/test_recommend.py::test_an_unstable_teacher_is_not_recommended",
+    ),
+    Breakage(
+        "recommend-undecided-contradicts",
+        "study_report/recommend.py",
+        "settled = [choice for choice in found if choice.settled] or list(found)",
+        "settled = list(found)",
+        "tests/test_recommend.py::test_conflicts_are_refused_by_name",
+    ),
+    Breakage(
+        "recommend-of-other-teachers",
+        "study_report/recommend.py",
+        "if choice.recipe.teachers != first.recipe.teachers:",
+        "if False:",
+        "tests/test_recommend.py::test_other_teachers_and_nothing_to_choose_are_refused",
+    ),
+    Breakage(
+        "recommend-every-default",
+        "recipe/load.py",
+        'return _as_yaml(model.model_dump(mode="json", exclude_defaults=True))',
+        'return _as_yaml(model.model_dump(mode="json", exclude_none=True))',
+        "tests/test_recommend.py::test_a_brief_recipe_of_the_lab_does_not_speak_of_real_models",
+    ),
 ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", metavar="NAME", help="just this breakage")
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        nargs="+",
+        help="just these breakages; of a single one, how its test fails",
+    )
     parser.add_argument("--document", action="store_true", help="write the table and stop")
     arguments = parser.parse_args()
-    only = arguments.only
+    only: list[str] | None = arguments.only
     if arguments.document:
         DOCUMENT.write_text(documented())
         return 0
     if DOCUMENT.read_text() != documented():
         print("the table in docs/numerics.md is out of date: python tools/breakages.py --document")
         return 1
-    chosen = [b for b in BREAKAGES if only in (None, b.name)]
-    if not chosen:
-        parser.error(f"no breakage {only!r}; there are {', '.join(b.name for b in BREAKAGES)}")
+    names = [b.name for b in BREAKAGES]
+    if unknown := [name for name in only or () if name not in names]:
+        parser.error(f"no breakage {unknown[0]!r}; there are {', '.join(names)}")
+    chosen = [b for b in BREAKAGES if only is None or b.name in only]
 
     # Processes forked from one that has imported the slow libraries, and nothing of ours.
     processes = multiprocessing.get_context("forkserver")
@@ -1369,7 +1830,7 @@ def main() -> int:
             result, output = verdict(processes, copy, breakage)
             caught.append(result == "caught")
             line = f"{breakage.name:34} {breakage.file:22} {result:9} {breakage.test}"
-            print(line if caught[-1] and not only else f"{line}\n{output}", flush=True)
+            print(line if caught[-1] and len(chosen) > 1 else f"{line}\n{output}", flush=True)
     print(f"\n{sum(caught)} of {len(caught)} caught in {time.monotonic() - begun:.0f} s")
     return 0 if all(caught) else 1
 

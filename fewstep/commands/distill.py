@@ -1,6 +1,7 @@
 """`fewstep distill`: recipe -> plan -> networks and prompts -> student -> evaluation and report."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.opening import open_ensemble
 from fewstep.contestants import NO_GUIDANCE, sampler
+from fewstep.data.conditions import release_memory
 from fewstep.data.pools import AnyPool
 from fewstep.domain import Domain
 from fewstep.ensemble import Ensemble
@@ -26,6 +28,7 @@ from fewstep.recipe.schema import WITH_REAL_IMAGES, Recipe
 from fewstep.session import Clock, claim, console, progress, save_image, say, write_text
 from fewstep.train import loop
 from fewstep.train.ranks import Ranks, joined
+from fewstep.train.sharding import gathered, is_sharded, open_shards
 
 SHOWN = ("loss/fake", "grad_norm/student", "grad_norm/fake")
 """Metrics that are told with the progress."""
@@ -45,12 +48,21 @@ def distill(
         recipe, plan = ranks.collect(lambda: [read_and_plan(recipe_path, overrides, ranks)])[0]
         console.print(render_plan(plan))
         if not dry_run:
-            train(recipe, plan, ranks, out, own, resume=resume)
+            ensemble = train(recipe, plan, ranks, out, own, resume=resume)
+            if ranks.is_lead and plan.evaluates:
+                release_memory()  # of a cast in parts
+                evaluate(out, ensemble)
 
 
-def train(recipe: Recipe, plan: Plan, ranks: Ranks, out: Path, own: Path, *, resume: bool) -> None:
-    """All that comes after the plan. `own` is where this rank writes: `out` for the lead."""
-    ensemble = open_ensemble(recipe)
+def train(
+    recipe: Recipe, plan: Plan, ranks: Ranks, out: Path, own: Path, *, resume: bool
+) -> Ensemble | None:
+    """From the plan to the student's file. `own` is where this rank writes: `out` for the lead.
+
+    Returns the networks, to be evaluated with; none where they lie in parts on all ranks.
+    """
+    shards = open_shards(recipe, ranks)
+    ensemble = open_ensemble(recipe, shards)
 
     def begin() -> list[None]:
         if ranks.is_lead:
@@ -63,6 +75,8 @@ def train(recipe: Recipe, plan: Plan, ranks: Ranks, out: Path, own: Path, *, res
     write_text(own / "plan.json", plan.model_dump_json(indent=2))
     clock = Clock(own)
     torch.manual_seed(recipe.seed)
+    if shards and not ranks.is_lead and (out / "probe/teacher").is_dir():
+        shutil.copytree(out / "probe/teacher", own / "probe/teacher")  # all draw it again, or none
 
     with clock("prepare data and teachers"):
         domain = ensemble.open_domain()
@@ -92,12 +106,12 @@ def train(recipe: Recipe, plan: Plan, ranks: Ranks, out: Path, own: Path, *, res
             return found
 
         loop.distil(state, own, on_step=on_step, on_sample=on_sample, on_probe=on_probe)
-    if not ranks.is_lead:
-        return
+    if not (ranks.is_lead or shards):
+        return None
     save_student(state, ensemble, out)
     samples = plan.updates * plan.batch.batch
     clock.note(updates=plan.updates, recipe_hash=plan.recipe_hash, samples=samples)
-    evaluate(out, ensemble)
+    return None if shards else ensemble
 
 
 def read_and_plan(
@@ -194,5 +208,8 @@ def save_student(state: loop.Distillation, ensemble: Ensemble, out: Path) -> Non
         "updates": state.plan.updates,
         "grid": state.plan.grid,
     }
+    lead = state.ranks.is_lead
     with loop.averaged_student(state) as student:
-        ensemble.save(student, out / "student.safetensors", about)
+        whole = gathered(student, keep=lead) if is_sharded(student) else student
+        if lead:
+            ensemble.save(whole, out / "student.safetensors", about)

@@ -32,8 +32,9 @@ def evaluate(run_dir: Path, ensemble: Ensemble | None = None) -> None:
     domain = ensemble.open_domain()
     cases = evaluation_cases(recipe, domain)
     contestants = make_contestants(run_dir, recipe, plan, ensemble)
-    for name, rows in forget_changed(contestants, run_dir / "eval").items():
-        say(f"{name} is not what was scored here before: its {rows} images are drawn again")
+    later = judge.name if judge else None
+    for told in forget_changed(contestants, cases, run_dir / "eval", judged_later=later):
+        say(told)
     work = sum(player.nfe.get(case.task, 0) for player in contestants for case in cases)
     with clock("evaluate"), progress("evaluate, NFE", work) as advance:
         run_evaluation(
@@ -42,7 +43,7 @@ def evaluate(run_dir: Path, ensemble: Ensemble | None = None) -> None:
             domain,
             run_dir / "eval",
             batch=recipe.images_at_once,
-            judged_later=judge.name if judge else None,
+            judged_later=later,
             on_progress=lambda done, _total, name: advance(done, name),
         )
     if judge is None:

@@ -47,6 +47,11 @@ def judge_run(run_dir: Path, judge: EndpointJudge, only: Collection[Item] | None
         f"judged by {judge.name}: {found.scored:,} images have a score, {found.left:,} have none; "
         f"{spent.requests:,} requests, {tokens}"
     )
+    if found.outdated:
+        say(
+            f"{found.outdated:,} of them had a score here of another prompt, source or image, or "
+            "one that does not say of which: it does not count any more"
+        )
     if spent.requests:
         clock.note(judging={"served by": sorted(judge.served), **spent._asdict()})
     return found.stopped

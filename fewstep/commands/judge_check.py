@@ -18,7 +18,7 @@ from fewstep.domain import Case, Domain, Question, Verdict
 from fewstep.endpoint import replies
 from fewstep.errors import DataError, RecipeError, RunError
 from fewstep.evals.findings import cast_models
-from fewstep.evals.judging import read_picture
+from fewstep.evals.pictures import read_picture
 from fewstep.evals.rows import read_rows
 from fewstep.judges.controls import (
     ORIGINAL,

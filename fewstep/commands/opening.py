@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from fewstep.domain import TeachableDomain
 from fewstep.ensemble import Ensemble, LabEnsemble
 from fewstep.errors import RunError
+from fewstep.models.sharding import Shards
 from fewstep.real.pipelines import Pipelines
 from fewstep.recipe.load import load_recipe
 from fewstep.recipe.plan import Plan
@@ -15,12 +16,15 @@ from fewstep.recipe.schema import FolderSource, ImageSource, PromptSource, Recip
 from fewstep.session import compute_device
 
 
-def open_ensemble(recipe: Recipe) -> Ensemble:
-    """The networks of a recipe, and through them its domain."""
+def open_ensemble(recipe: Recipe, shards: Shards | None = None) -> Ensemble:
+    """The networks of a recipe, and through them its domain; `shards` splits those of a cast."""
     if recipe.model.is_real:
         from fewstep.real.ensemble import RealEnsemble
 
-        return RealEnsemble(recipe, open_pipelines(recipe))
+        pipelines = open_pipelines(recipe)
+        if shards:
+            pipelines.load_on = torch.device("cpu")
+        return RealEnsemble(recipe, pipelines, shards)
     source = recipe.data.source
     assert not isinstance(source, PromptSource), "refused by the plan"
     return LabEnsemble(recipe, lambda: open_domain(source))

@@ -1,5 +1,6 @@
 """What algorithms know of models and data: a denoiser, a condition, a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -79,6 +80,11 @@ class Batch:
     shape: tuple[int, ...]  # of one sample's state, without the batch axis
     share: Share = field(default=Share(), kw_only=True)
     """What this is of the micro-batch of all devices; noise is drawn for all of it."""
+    company: tuple[str, ...] = field(default=(), kw_only=True)
+    """Categories of all devices' samples, where networks are split over the devices and answer all
+    of them at the same time: what one device asks, the others ask too."""
+    anywhere: Callable[[bool], bool] = field(default=bool, kw_only=True)
+    """Whether something is so on one of these devices; here alone, where none waits for another."""
 
     def __len__(self) -> int:
         return len(self.categories)

@@ -18,16 +18,14 @@ import numpy as np
 
 from fewstep.data.pixels import PixelCache, Progress, RawImage
 from fewstep.data.rows import (
-    SHOWN_PROBLEMS,
     Row,
     Split,
     Task,
     assign_splits,
     check_rows,
-    refuse,
 )
 from fewstep.data.shards import read_shards
-from fewstep.errors import DataError
+from fewstep.errors import SHOWN_PROBLEMS, DataError, refuse
 
 LISTS: dict[str, Task] = {"captions.jsonl": "t2i", "edits.jsonl": "edit"}
 

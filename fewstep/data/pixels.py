@@ -22,8 +22,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from fewstep.data.rows import Row, refuse
-from fewstep.errors import DataError
+from fewstep.data.rows import Row
+from fewstep.errors import FULL, DataError, DiskError, refuse
 
 Progress = Callable[[int, int | None], None]
 """Called with (done, in all); the latter is None while shards are read for the first time."""
@@ -221,9 +221,9 @@ def writing(cache_dir: Path) -> Iterator[None]:
         cache_dir.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             free = shutil.disk_usage(cache_dir).free / 1e6
-            raise DataError(
+            raise DiskError(
                 f"no room for the cache in {cache_dir} ({error.strerror}; {free:.0f} MB free); "
                 f"free some or choose another cache folder. No half-written file was kept"
             ) from None

@@ -29,7 +29,8 @@ from fewstep.data.promptrows import (
     Reader,
     reader_of,
 )
-from fewstep.data.rows import SPLITS, Split, Task, refuse
+from fewstep.data.rows import SPLITS, Split, Task
+from fewstep.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class PromptRecord:
     """In the order in which the instruction counts them; none for text-to-image."""
     target: SourceImage | None = None
     """The real image; None where it was not asked for, or there is none."""
+    shows: str = ""
+    """Tells the real images of a training prompt apart: the digest where they are read, else what
+    the row calls its own; empty where there is none."""
 
     @property
     def task(self) -> Task:
@@ -113,6 +117,7 @@ def _records(
         if not own:
             sources = [_image(row, value, memo, own) for value in _sources(row)]
             target = _target(row, memo, own) if targets else None
+            shows = target.digest if target is not None else _named_target(row)
             if not own:
                 yield PromptRecord(
                     id=str(row.values.get("id") or row.where),
@@ -122,6 +127,7 @@ def _records(
                     split=SPLITS[row.values.get("split") or "train"],
                     sources=tuple(source for source in sources if source is not None),
                     target=target,
+                    shows=shows,
                 )
         problems += [f"{row.where}: {problem}" for problem in own]
 
@@ -178,10 +184,7 @@ def _check(row: PromptRow, called: dict[str, tuple[str, str]]) -> Iterator[str]:
 
 def _target(row: PromptRow, memo: Memo, own: list[str]) -> SourceImage | None:
     """The real image of a row that is trained on; the others are not looked at."""
-    if SPLITS[row.values.get("split") or "train"] != "train":
-        return None
-    names = TARGET_KEYS["edit" if _prompt_key(row) == "instruction" else "t2i"]
-    given = [name for name in names if row.values.get(name) is not None]
+    given = _target_keys(row)
     if not given:
         return None
     value = row.values[given[0]]
@@ -189,6 +192,18 @@ def _target(row: PromptRow, memo: Memo, own: list[str]) -> SourceImage | None:
         own.append(f"has several real images in {' and '.join(map(repr, given))}; keep one")
         return None
     return _image(row, value, memo, own)
+
+
+def _named_target(row: PromptRow) -> str:
+    return " ".join(str(row.values[key]) for key in _target_keys(row))
+
+
+def _target_keys(row: PromptRow) -> list[str]:
+    """Where a row that is trained on names its real image."""
+    if SPLITS[row.values.get("split") or "train"] != "train":
+        return []
+    names = TARGET_KEYS["edit" if _prompt_key(row) == "instruction" else "t2i"]
+    return [name for name in names if row.values.get(name) is not None]
 
 
 def _image(row: PromptRow, value: Any, memo: Memo, own: list[str]) -> SourceImage | None:
@@ -221,15 +236,18 @@ def _look(found: Found) -> list[Any]:
 
 
 def _repeated(records: list[PromptRecord]) -> Iterator[str]:
-    first: dict[tuple[str, ...], str] = {}
+    """A prompt has one row, or a training row for each of its real images: whether or not these are
+    read, so that a file is right for every objective or for none."""
+    first: dict[tuple[str, ...], dict[str, str]] = {}
     ids: dict[str, str] = {}
     for record in records:
-        images = (*record.sources, *([record.target] if record.target else []))
-        identity = (record.task, record.prompt, *(image.digest for image in images))
-        if identity in first:
+        prompt = (record.task, record.prompt, *(image.digest for image in record.sources))
+        shown = first.setdefault(prompt, {})  # by image, where
+        if shown and (not record.shows or "" in shown or record.shows in shown):
             what = "instruction and source" if record.sources else "prompt"
-            yield f"{record.where}: same {what} as {first[identity]}; remove one of them"
+            before = shown.get(record.shows) or next(iter(shown.values()))
+            yield f"{record.where}: same {what} as {before}; remove one of them"
         elif record.id in ids:
             yield f"{record.where}: same id {record.id!r} as {ids[record.id]}; give it another"
-        first.setdefault(identity, record.where)
+        shown.setdefault(record.shows, record.where)
         ids.setdefault(record.id, record.where)

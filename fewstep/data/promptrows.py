@@ -18,11 +18,9 @@ from typing import Any, NamedTuple
 from fewstep.data.folder import LISTS, json_lines, near_file
 from fewstep.data.shards import SUFFIXES, refuse_truncated, sample_values
 from fewstep.errors import DataError
+from fewstep.recipe.available import SOURCE_KEYS, TARGET_KEYS
 
 PROMPT_KEYS = ("prompt", "caption", "text")
-SOURCE_KEYS = ("source", "sources")
-TARGET_KEYS = {"t2i": ("image", "file"), "edit": ("target",)}
-"""What rows call the real image that shows their prompt, or that their instruction leads to."""
 OTHER_KEYS = ("category", "split", "id")
 KEYS = ("instruction", *PROMPT_KEYS, *SOURCE_KEYS, *OTHER_KEYS)
 FORMATS = ".txt, .jsonl, .csv, .parquet or .tar"
@@ -50,12 +48,14 @@ class PromptRow(NamedTuple):
 Reader = Callable[[list[str]], Iterator[PromptRow]]
 """Yields the rows, and appends the problems of those that it cannot read."""
 Rows = Callable[[list[Path], list[str]], Iterator[PromptRow]]
+IMAGES_ALONE = sum(TARGET_KEYS.values(), ())
+"""Columns of tables with nothing in them but real images."""
 
 
 def reader_of(path: Path, *, targets: bool = False) -> Reader:
     """By the name of a file, or by what lies in a folder. Only with `targets` are the columns of
-    real images read in tables."""
-    keys = (*KEYS, *sum(TARGET_KEYS.values(), ())) if targets else KEYS
+    real images read in tables; else it is taken that every row has its own."""
+    keys = (*KEYS, *IMAGES_ALONE) if targets else KEYS
     if path.is_dir():
         files, rows = _in_folder(path, keys)
         return partial(rows, files)
@@ -265,7 +265,8 @@ def _parquet_rows(
             import pyarrow.parquet
 
             table = pyarrow.parquet.ParquetFile(path)
-            columns = [name for name in table.schema_arrow.names if name in keys]
+            names = table.schema_arrow.names
+            columns = [name for name in names if name in keys]
             groups = range(table.num_row_groups)
 
         # One row group in memory: images are asked for in the order of the rows.
@@ -274,7 +275,9 @@ def _parquet_rows(
             with _arrow(path):
                 return table.read_row_group(i, columns=columns)
 
-        yield from _table_rows(path, columns, [partial(part, i) for i in groups])
+        yield from _table_rows(
+            path, columns, _unread(names, keys), [partial(part, i) for i in groups]
+        )
 
 
 def _arrow_rows(
@@ -287,8 +290,14 @@ def _arrow_rows(
 
             table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
             columns = [name for name in table.schema.names if name in keys]
-            parts = table.select(columns).to_batches()
-        yield from _table_rows(path, columns, [lambda part=part: part for part in parts])
+            batches = table.select(columns).to_batches()
+        parts = [lambda batch=batch: batch for batch in batches]
+        yield from _table_rows(path, columns, _unread(table.schema.names, keys), parts)
+
+
+def _unread(names: list[str], keys: tuple[str, ...]) -> list[str]:
+    """Columns of real images that nobody asked for."""
+    return [name for name in names if name in IMAGES_ALONE and name not in keys]
 
 
 def _arrow_files(path: Path) -> list[Path]:
@@ -303,18 +312,18 @@ def _arrow_files(path: Path) -> list[Path]:
 
 
 def _table_rows(
-    path: Path, columns: list[str], parts: list[Callable[[], Any]]
+    path: Path, columns: list[str], unread: list[str], parts: list[Callable[[], Any]]
 ) -> Iterator[PromptRow]:
     """An image is the name of a file, bytes, or what `datasets` calls an image: a dict of `bytes`
-    and `path`; a list of them where there are several."""
-    of_images = (*SOURCE_KEYS, *sum(TARGET_KEYS.values(), ()))
-    images = [name for name in columns if name in of_images]
+    and `path`; a list of them where there are several. Of what is `unread` a row has the place."""
+    images = [name for name in columns if name in (*SOURCE_KEYS, *IMAGES_ALONE)]
     rest = [name for name in columns if name not in images]
     number = 0
     for part in parts:
         for at, values in enumerate(part().select(rest).to_pylist()):
             number += 1
             where = f"{path.name} row {number}"
+            values |= {name: f"{where} {name}" for name in unread}
             for name in images:
                 cell = part().column(name)[at].as_py()
                 if cell is not None:

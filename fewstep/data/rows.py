@@ -10,12 +10,11 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from fewstep.errors import DataError
+from fewstep.errors import refuse
 
 Split = Literal["train", "eval", "eval_pair"]
 Task = Literal["t2i", "edit"]
 
-SHOWN_PROBLEMS = 8
 SPLITS: dict[str, Split] = {
     "train": "train",
     "eval": "eval",
@@ -46,16 +45,6 @@ class Row(NamedTuple):
     @property
     def files(self) -> list[str]:
         return [self.values[key] for key in IMAGE_KEYS[self.task]]
-
-
-def refuse(path: Path, problems: list[str]) -> None:
-    """Stop with everything that was found, if anything was."""
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
-        more = len(problems) - SHOWN_PROBLEMS
-        rest = f"\n  and {more} more" if more > 0 else ""
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise DataError(f"{path}: {count}{shown}{rest}")
 
 
 def check_rows(rows: list[Row]) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fewstep.data.promptfiles import PromptRecord
-from fewstep.data.rows import refuse
+from fewstep.errors import refuse
 
 Size = tuple[int, int]
 """(height, width) in pixels."""

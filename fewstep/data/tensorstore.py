@@ -153,7 +153,7 @@ class Writer:
         self._bytes += entry.nbytes
 
     def flush(self) -> None:
-        """Write what waits as one shard. DataError when the disk is full; it then still waits."""
+        """Write what waits as one shard. DiskError when the disk is full; it then still waits."""
         if not self._waiting:
             return
         tensors, about = {}, {}

@@ -237,6 +237,39 @@ def cast_models(
     return Cast(tuple(models), by_task, reference, next(iter(shorter), None), student)
 
 
+def lede(found: Findings) -> list[str]:
+    """One sentence a task, in words that the tables bear out."""
+    cast, sentences = found.cast, []
+    if cast.student is None or cast.reference is None:
+        return sentences
+    for task in found.tasks:
+        versus = found.versus.get((cast.student, cast.reference, (task, None)))
+        if versus is None:
+            continue
+        sentence = (
+            f"On {TASK_TITLES[task].lower()}, {cast.student} with "
+            f"{cast.show_nfe(cast.student, task)} evaluations reaches {versus.ratio.value:.1%} of "
+            f"the score of {cast.reference} with {cast.show_nfe(cast.reference, task)}"
+        )
+        beside = found.versus.get((cast.student, cast.cut, (task, None))) if cast.cut else None
+        cut = cast.show_nfe(cast.cut, task) if cast.cut else ""
+        if beside is not None and beside.difference.excludes_zero:
+            way = "above" if beside.difference.value > 0 else "below"
+            gap = abs(beside.difference.value)
+            sentence += f", {gap:.2f} points {way} the teacher cut to {cut}"
+        elif beside is not None:
+            sentence += f", not separable from the teacher cut to {cut}"
+        sentences.append(sentence + ".")
+    return sentences
+
+
+def speed_up(found: Findings, model: str) -> float | None:
+    """How many times faster than the reference, in median seconds per image."""
+    reference = found.seconds.get(found.cast.reference or "")
+    own = found.seconds.get(model)
+    return reference / own if reference and own else None
+
+
 def phases(summary: dict[str, object] | None) -> dict[str, float]:
     """Wall seconds by phase from summary.json; one number is one phase."""
     seconds = (summary or {}).get("seconds")
@@ -263,6 +296,15 @@ def show_interval(interval: Interval | None, *, percent: bool = False, sign: boo
     if interval.low is not None and interval.high is not None:
         shown += f" [{interval.low * factor:{form}}, {interval.high * factor:{form}}]"
     return shown.replace("-", "−")
+
+
+def show_bounds(interval: Interval, *, percent: bool = False) -> str:
+    """`[4.22, 4.40]` or `[95.9, 98.4]`."""
+    if interval.low is None or interval.high is None:
+        return "no interval"
+    if percent:
+        return f"[{interval.low * 100:.1f}, {interval.high * 100:.1f}]"
+    return f"[{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def show_seconds(seconds: float) -> str:

@@ -1,7 +1,14 @@
-"""HTML as nested calls. Text is escaped unless it is `Html`, so data cannot become markup."""
+"""HTML as nested calls, and the page around them with the report's style and script.
 
+Text is escaped unless it is `Html`, so data cannot become markup.
+"""
+
+import base64
+import hashlib
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from string import Template
 
 VOID = {"img", "br", "hr", "input", "meta"}
 
@@ -43,3 +50,22 @@ def join(children: Iterable[Child]) -> Html:
         else:
             parts.append(join(child))
     return Html("".join(parts))
+
+
+def table(head: Sequence[Html], body: Sequence[Html]) -> Html:
+    """A table of header cells and rows that scrolls where the window is narrower."""
+    return h("div", h("table", h("thead", h("tr", head)), h("tbody", body)), class_="scroll")
+
+
+def page(name: str, body: Html) -> str:
+    """A whole document around `body`, with the report's style and script inside."""
+    assets = files("fewstep.evals") / "report_assets"
+    script = (assets / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template((assets / "report.html").read_text(encoding="utf-8")).substitute(
+        title=join([f"{name} · fewstep report"]),
+        style=(assets / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        body=body,
+    )

@@ -7,18 +7,20 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from fewstep.errors import FewstepError
+from fewstep.errors import cannot_write
 from fewstep.evals.findings import (
     TASK_TITLES,
     Findings,
     Run,
     category_title,
+    lede,
     phases,
     read_run,
     show_interval,
     show_seconds,
+    speed_up,
 )
-from fewstep.evals.report_html import lede, render, speed_up
+from fewstep.evals.report_html import render
 from fewstep.evals.stats import Interval, Rank, Scope, judge_noise
 
 CSV_COLUMNS = (
@@ -247,4 +249,4 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise FewstepError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error) from error

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fewstep.errors import DataError, FewstepError
+from fewstep.errors import DataError, cannot_write
 
 Name = Annotated[str, Field(min_length=1)]
 Item = tuple[str, str, int]
@@ -55,6 +55,8 @@ class Row(BaseModel):
     """`ok`, or `unscored: why`."""
     seconds: Annotated[float, Field(ge=0)] | None = None
     judge: Name
+    content: str | None = None
+    """`pictures.content_of` what was drawn or judged; None in rows from before this was kept."""
 
     @model_validator(mode="after")
     def _score_and_status_agree(self) -> "Row":
@@ -118,9 +120,9 @@ class RowWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         except OSError as error:
-            raise FewstepError(f"cannot write {path}: {error.strerror}") from error
+            raise cannot_write(path, error) from error
         rows, tail, tail_is_row = _parse(path)
-        self._scored = {row.key: row.status == "ok" for row in rows}
+        self._latest = {row.key: row for row in rows}
         self.drawn: dict[Item, Row] = {row.item: row for row in rows}
         """The latest row of each image, of whatever judge."""
         self._file = path.open("ab", buffering=0)
@@ -131,13 +133,14 @@ class RowWriter:
             self._size -= len(tail)
             self._file.truncate(self._size)
 
-    def is_scored(self, key: RowKey) -> bool:
-        """True if the latest row of this key has a score; unscored rows are tried again."""
-        return self._scored.get(key, False)
+    def scored(self, key: RowKey) -> Row | None:
+        """The latest row of this key if it has a score; unscored rows are tried again."""
+        row = self._latest.get(key)
+        return row if row and row.status == "ok" else None
 
     def write(self, row: Row) -> None:
         self._append(row.model_dump_json().encode() + b"\n")
-        self._scored[row.key] = row.status == "ok"
+        self._latest[row.key] = row
         self.drawn[row.item] = row
 
     def _append(self, line: bytes) -> None:
@@ -148,10 +151,9 @@ class RowWriter:
                 written += self._file.write(line[written:])
         except OSError as error:
             self._file.truncate(self._size)
-            raise FewstepError(
-                f"cannot write {self.path}: {error.strerror}; the {len(self._scored)} images "
-                "logged so far are safe: make room and start the evaluation again"
-            ) from error
+            kept = f"the {len(self._latest)} images logged so far are safe"
+            again = f"{kept}: make room and start the evaluation again"
+            raise cannot_write(self.path, error, again) from error
         self._size += len(line)
 
     def close(self) -> None:

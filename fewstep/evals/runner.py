@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fewstep.core.types import Condition, Task
 from fewstep.domain import Case, Domain, Verdict
-from fewstep.evals.rows import PENDING, Row, RowKey, RowWriter, read_rows
+from fewstep.evals.pictures import content_of, read_picture
+from fewstep.evals.rows import PENDING, Item, Row, RowKey, RowWriter, read_rows
 
 Draw = Callable[[Tensor, Condition, Task], Tensor]
 """A way of sampling: (noise, condition, task) -> latents."""
@@ -54,8 +55,9 @@ def evaluate(
 
     A contestant is asked for the tasks that its `nfe` names. With `judged_later`, the name of a
     judge, images are drawn alone: their rows wait for `judging.judge_drawn`, and an image that any
-    judge has a row for is not drawn again. Progress counts function evaluations, of which a teacher
-    needs many more for an image than a student.
+    judge has a row for is not drawn again. Rows count as they are found: `forget_changed` clears
+    those that do not hold any more. Progress counts function evaluations, of which a teacher needs
+    many more for an image than a student.
     """
     work = [(c, [case for case in cases if case.task in c.nfe]) for c in contestants]
     total, done = sum(c.nfe[case.task] for c, own in work for case in own), 0
@@ -63,32 +65,73 @@ def evaluate(
         for contestant, own in work:
             for group in batches(own, batch):
                 if judged_later is None:
-                    left = [c for c in group if not rows.is_scored(_key(contestant, c, domain))]
+                    left = [c for c in group if not rows.scored(_key(contestant, c, domain))]
                 else:
-                    left = [c for c in group if not _is_drawn(contestant, c, out, rows)]
+                    left = [c for c in group if _item(contestant, c) not in rows.drawn]
                 if left:
                     _draw_and_judge(left, contestant, domain, out, rows, judged_later)
                 done += sum(contestant.nfe[case.task] for case in group)
                 on_progress(done, total, contestant.name)
 
 
-def forget_changed(contestants: Sequence[Contestant], out: Path) -> dict[str, int]:
-    """Clear the rows of contestants that are no longer what drew them; how many, by name.
+def forget_changed(
+    contestants: Sequence[Contestant],
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    judged_later: str | None = None,
+) -> list[str]:
+    """Clear the rows that do not hold any more; in words, whose and why.
 
-    Rows carry a contestant's name alone. `out/stamps.json` says which weights stood behind it, so
-    that a student trained anew in the same folder is not judged by its predecessor's images.
+    Rows carry a contestant's name and a case's id alone. `out/stamps.json` says which weights stood
+    behind a name, so that a student trained anew in the same folder is not judged by its
+    predecessor's images; `content` says what was judged, so that a prompt, a source or an image
+    that is another one since is drawn and judged anew.
     """
     stamps, rows = out / "stamps.json", out / "rows.jsonl"
     known = json.loads(stamps.read_text()) if stamps.exists() else {}
     changed = {c.name for c in contestants if known.get(c.name) != c.stamp}
-    logged = read_rows(rows).rows if changed and rows.exists() else ()
-    cleared = Counter(row.model for row in logged if row.model in changed)
+    asked = {_item(c, case): case for c in contestants for case in cases}
+    logged = read_rows(rows).rows if rows.exists() else ()
+    kept, anew, outdated = [], Counter[str](), Counter[str]()
+    for row in logged:
+        if row.model in changed:
+            anew[row.model] += 1
+        elif row.item in asked and not _holds(row, asked[row.item], out, judged_later):
+            outdated[row.model] += 1
+        else:
+            kept.append(row)
     out.mkdir(parents=True, exist_ok=True)
-    if cleared:
-        kept = [row.model_dump_json() + "\n" for row in logged if row.model not in changed]
-        _replace(rows, "".join(kept))
+    if len(kept) < len(logged):
+        _replace(rows, "".join(row.model_dump_json() + "\n" for row in kept))
     _replace(stamps, json.dumps(known | {c.name: c.stamp for c in contestants}, indent=2))
-    return dict(cleared)
+    return [
+        f"{name} is not what was scored here before: its {count} images are drawn again"
+        for name, count in anew.items()
+    ] + [
+        f"{name}: {count} images are drawn again, because the prompt, the source or the image is "
+        "not the one that was scored here before, or not known to be"
+        for name, count in outdated.items()
+    ]
+
+
+def _holds(row: Row, case: Case, out: Path, judged_later: str | None) -> bool:
+    """Whether a row is still of this case and of the image that lies there."""
+    try:
+        image = read_picture(out / row.image)
+    except OSError:
+        return False
+    if row.content is None:  # from before it was kept: judged again, which needs no new drawing
+        return judged_later is not None and row.prompt == case.prompt
+    return row.content == _content(case, image)
+
+
+def _content(case: Case, image: np.ndarray) -> str:
+    return content_of(case.task, case.category, case.prompt, image, case.source, case.target)
+
+
+def _item(contestant: Contestant, case: Case) -> Item:
+    return contestant.name, case.id, case.seed
 
 
 def _replace(path: Path, text: str) -> None:
@@ -108,11 +151,6 @@ def batches(cases: Sequence[Case], batch: int) -> list[list[Case]]:
 
 def _key(contestant: Contestant, case: Case, domain: Domain) -> RowKey:
     return RowKey(contestant.name, case.id, case.seed, domain.judge_name)
-
-
-def _is_drawn(contestant: Contestant, case: Case, out: Path, rows: RowWriter) -> bool:
-    row = rows.drawn.get((contestant.name, case.id, case.seed))
-    return row is not None and row.prompt == case.prompt and (out / row.image).is_file()
 
 
 def _draw_and_judge(
@@ -165,6 +203,7 @@ def _row(
         status=f"unscored: {verdict.unscored}" if verdict.score is None else "ok",
         seconds=seconds,
         judge=judge,
+        content=_content(case, image),
     )
 
 

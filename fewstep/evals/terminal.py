@@ -11,11 +11,12 @@ from fewstep.evals.findings import (
     Findings,
     Run,
     category_title,
+    lede,
     phases,
     show_interval,
     show_seconds,
+    speed_up,
 )
-from fewstep.evals.report_html import lede, speed_up
 
 
 def summary(run: Run) -> RenderableType:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core.process import x0_from_v
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, DiskError
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def save_weights(
         scratch.replace(path)
     except (SafetensorError, OSError) as error:
         scratch.unlink(missing_ok=True)
-        raise CheckpointError(
+        raise DiskError(
             f"weights {path}: could not be written ({error}); is the disk full? Any earlier file "
             "is untouched"
         ) from None

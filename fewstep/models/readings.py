@@ -58,14 +58,25 @@ class Readings:
             yield places, stack([self.rows[i][reader] for i in places])
 
 
-def answer_all(answer: Answer, x_t: Tensor, t: Tensor, cond: Readings, reader: str) -> Tensor:
-    """[b, ...] in float32, in the order of the batch."""
+def answer_all(
+    answer: Answer,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Readings,
+    reader: str,
+    *,
+    calls: Callable[[int], int] = int,
+) -> Tensor:
+    """[b, ...] in float32, in the order of the batch.
+
+    `calls` says of the number of layouts how often to call, at least as often. What comes on top
+    is thrown away; in a backward pass it takes part with gradient 0.
+    """
     assert len(x_t) == len(t) == len(cond)
-    order: list[int] = []
-    parts = []
-    for places, part in cond.seen_by(reader):
-        parts.append(answer(x_t[places], t[places], part).float())
-        order += places
+    groups = list(cond.seen_by(reader))
+    order = [place for places, _ in groups for place in places]
+    groups += [groups[0]] * (calls(len(groups)) - len(groups))
+    parts = [answer(x_t[places], t[places], part).float() for places, part in groups]
     back = torch.tensor(order, device=x_t.device).argsort()
     return torch.cat(parts)[back]
 

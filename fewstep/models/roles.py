@@ -8,8 +8,8 @@ role is switched by the layers' flag alone, and what is recomputed is recomputed
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from fewstep.models.families.contract import Family, FamilyCondition
 from fewstep.models.families.features import feature_width, features
 from fewstep.models.families.playback import guided_velocity
 from fewstep.models.readings import Answer, Readings, answer_all
+from fewstep.models.sharding import Shards, gather_for_backward, shard
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class SharedNetwork:
         self._layers: list[Any] = []
         self._trained: set[str] = set()
         self._playing: str | None = None
+        self.is_sharded = False
+        self.calls: Callable[[int], int] = int
+        """How often it is called where this device needs so many calls (`readings.answer_all`)."""
 
     def add_lora(self, name: str, spec: LoraSpec, pattern: str, *, seed: int) -> None:
         """A trainable adapter that changes nothing yet (B = 0); equal seeds make equal ones.
@@ -173,6 +177,12 @@ class SharedNetwork:
         """torch.compile for every repeated block, which has one graph for each role."""
         self.network.compile_repeated_blocks(**options)
 
+    def shard(self, blocks: Sequence[str], shards: Shards) -> None:
+        """Over several devices, which from now on all call it equally often. Its parameters are new
+        ones, which roles have to `take_parameters` of; adapters cannot be added any more."""
+        shard(self.network, blocks, shards.mesh)
+        self.calls, self.is_sharded = shards.most, True
+
 
 class FamilyRole:
     """A role of a real model: a `Denoiser` with its family's rule of guidance.
@@ -222,15 +232,31 @@ class FamilyRole:
         network = self.shared.network
 
         def answer(x: Tensor, now: Tensor, part: FamilyCondition) -> Tensor:
-            return features(self.family, x, now, part, network)
+            hidden = features(self.family, x, now, part, network)
+            if self.shared.is_sharded:
+                gather_for_backward(network, hidden)
+            return hidden
 
         return self._play(answer, x_t, t, cond)
 
     def _play(self, answer: Answer, x_t: Tensor, t: Tensor, cond: Readings) -> Tensor:
-        # Pipelines know no autocast; only master weights in float32 need it.
-        own = nullcontext() if self.autocast else torch.autocast(x_t.device.type, enabled=False)
+        # Pipelines know no autocast; only master weights in float32 need it. What it casts is not
+        # kept: it would outlive the block of a sharded network, and hide what that becomes.
+        kind = x_t.device.type
+        own = torch.autocast(
+            kind,
+            torch.get_autocast_dtype(kind),
+            enabled=self.autocast and torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        )
         with self.shared.playing(self.adapter), own:
-            return answer_all(answer, x_t, t, cond, self.reader)
+            return answer_all(answer, x_t, t, cond, self.reader, calls=self.shared.calls)
+
+    def take_parameters(self) -> None:
+        """Those that the network has now, after it was sharded."""
+        if self.trained:
+            own = self.shared.network.named_parameters()
+            self.trained = self.shared.parameters_of(self.adapter) if self.adapter else dict(own)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(self.trained.values())
@@ -268,13 +294,11 @@ def lora_roles(
     return roles[0], roles[1]
 
 
-def full_roles(family: Family, base: SharedNetwork) -> tuple[FamilyRole, FamilyRole]:
-    """Student and fake score: two copies in float32, of which every parameter is trained."""
-    return full_copy(family, base), full_copy(family, base)
-
-
 def full_copy(family: Family, base: SharedNetwork) -> FamilyRole:
-    """Of the network alone: adapters that teachers have on it stay behind."""
+    """Student or fake score as a copy in float32, of which every parameter is trained.
+
+    Of the network alone: adapters that teachers have on it stay behind.
+    """
     network = deepcopy(base.network)
     if base.has_adapters:
         network.unload_lora()

@@ -22,7 +22,6 @@ from fewstep.data.conditions import ConditionStore, Encoding, Source, release_me
 from fewstep.data.latents import to_uint8
 from fewstep.data.memo import Memo
 from fewstep.data.promptfiles import PromptRecord, conversions, read_prompts
-from fewstep.data.promptrows import TARGET_KEYS
 from fewstep.data.rows import Split
 from fewstep.data.targets import changes, refuse_other_shapes
 from fewstep.data.tensorstore import TensorStore
@@ -32,6 +31,7 @@ from fewstep.models.families.contract import Family
 from fewstep.models.readings import Readings, readings_of
 from fewstep.models.roles import STUDENT
 from fewstep.real.pipelines import Pipelines, Place
+from fewstep.recipe.available import TARGET_KEYS
 from fewstep.recipe.schema import WITH_REAL_IMAGES, PromptSource, Recipe
 
 UNSCORED = "the recipe names no evaluation.judge"

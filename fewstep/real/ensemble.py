@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, DiskError
 from fewstep.models.cast import Cast, Role
+from fewstep.models.families.contract import Family
 from fewstep.models.foreign import fingerprint
 from fewstep.models.lab import read_header
 from fewstep.models.roles import (
@@ -20,9 +21,9 @@ from fewstep.models.roles import (
     LoraSpec,
     SharedNetwork,
     full_copy,
-    full_roles,
     lora_roles,
 )
+from fewstep.models.sharding import Shards
 from fewstep.real.domain import RealDomain
 from fewstep.real.pipelines import Pipelines, Place, network_folder
 from fewstep.recipe.families import BASE, EDIT
@@ -31,10 +32,14 @@ from fewstep.samplers import shifted_grid
 
 
 class RealEnsemble:
-    """Teachers that name the same weights share one frozen network, with LoRA the student too."""
+    """Teachers that name the same weights share one frozen network, with LoRA the student too.
 
-    def __init__(self, recipe: Recipe, pipelines: Pipelines) -> None:
-        self.recipe, self.pipelines = recipe, pipelines
+    With `shards` the networks of a cast are split over several devices. They are built in the
+    memory of the host, of full copies one at a time.
+    """
+
+    def __init__(self, recipe: Recipe, pipelines: Pipelines, shards: Shards | None = None) -> None:
+        self.recipe, self.pipelines, self.shards = recipe, pipelines, shards
         self.device = pipelines.device
         self._domain: RealDomain | None = None
         self._shared: dict[str, SharedNetwork] = {}
@@ -76,14 +81,31 @@ class RealEnsemble:
         shared = self.shared(self.start)
         if isinstance(spec, LoraCast):
             student, fake = lora_roles(family, shared, self.lora, seed=self.recipe.seed)
+            self._equip(shared)
         else:
-            student, fake = full_roles(family, shared)
-        for trained in {id(role.shared): role.shared for role in (student, fake)}.values():
-            if spec.checkpointing:
-                trained.checkpoint_blocks()
-            if spec.compile:
-                trained.compile_blocks()
+            student, fake = (self._copy(family, shared) for _ in range(2))
+        for network in {id(role.shared): role.shared for role in frozen.values()}.values():
+            self._split(network)
+        for role in (student, fake):
+            role.take_parameters()
         return Cast(student, fake, frozen)
+
+    def _copy(self, family: Family, shared: SharedNetwork) -> FamilyRole:
+        """A copy to train; if split, it has left the host's memory."""
+        role = full_copy(family, shared)
+        self._equip(role.shared)
+        self._split(role.shared)
+        return role
+
+    def _equip(self, trained: SharedNetwork) -> None:
+        if self.recipe.model.roles.checkpointing:
+            trained.checkpoint_blocks()
+        if self.recipe.model.roles.compile:
+            trained.compile_blocks()
+
+    def _split(self, network: SharedNetwork) -> None:
+        if self.shards:
+            network.shard(self.pipelines.family(self.start).trunk.blocks, self.shards)
 
     @cached_property
     def lora(self) -> LoraSpec:
@@ -144,7 +166,7 @@ class RealEnsemble:
             scratch.replace(path)
         except (SafetensorError, OSError) as error:
             scratch.unlink(missing_ok=True)
-            raise CheckpointError(
+            raise DiskError(
                 f"weights {path}: could not be written ({error}); is the disk full?"
             ) from None
 

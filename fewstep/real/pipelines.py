@@ -30,6 +30,8 @@ class Pipelines:
     model: Model
     dtype: torch.dtype
     device: torch.device
+    load_on: torch.device | None = None
+    """Where networks wait that are split over several devices; None = on the device."""
     _open: dict[Place, Family] = field(default_factory=dict)
 
     def folder(self, place: Place) -> Path:
@@ -56,9 +58,9 @@ class Pipelines:
             }
             for other in self._open.values():
                 parts["vae"] = other.pipe.vae
-            opened = open_family(
-                folder, device=str(self.device), dtype=self.dtype, components=parts
-            )
+            first = str(self.load_on or self.device)
+            opened = open_family(folder, device=first, dtype=self.dtype, components=parts)
+            opened.pipe.vae.to(self.device)
             self._open[place] = self._configured(opened)
         return self._open[place]
 
@@ -88,7 +90,7 @@ class Pipelines:
             )
         if info["missing_keys"]:
             raise DataError(f"teacher: {folder} lacks {sorted(info['missing_keys'])[0]}")
-        return network.to(self.device)
+        return network.to(self.load_on or self.device)
 
 
 def network_folder(path: Path) -> Path:

@@ -31,7 +31,7 @@ from fewstep.models.roles import FamilyRole, LoraSpec, SharedNetwork, lora_roles
 from fewstep.recipe.facts import Facts, Machine, Passes, gather_facts, local_machine
 from fewstep.recipe.families import BASE, EDIT, PIPELINES, PipelineFacts
 from fewstep.recipe.plan import Plan, make_plan
-from fewstep.recipe.schema import LoraCast, Recipe
+from fewstep.recipe.schema import FullCast, LoraCast, Recipe
 
 ASSUMED = Machine(name="80 GB GPU, assumed to sustain 400 TFLOP/s", flops=400e12, memory=80 * 10**9)
 """An H100 multiplies bf16 matrices at up to 989 TFLOP/s (NVIDIA's data sheet, dense)."""
@@ -47,12 +47,17 @@ def plan_real(recipe: Recipe, *, devices: int = 1, on_paper: bool = False) -> Pl
     made = make_plan(recipe, machine, facts)  # for its refusals, before anything is built
     used: tuple[Task, ...] = tuple(quota.task for quota in made.tasks)
     made = make_plan(recipe, machine, measure(recipe, facts, used))
-    if made.memory.total <= machine.memory:
-        return made
-    need, have = (f"{n / 1e9:.0f} GB" for n in (made.memory.total, machine.memory))
-    return made.model_copy(
-        update={"notes": (*made.notes, f"does not fit: {need} of {have} on {machine.name}")}
-    )
+    notes = list(made.notes)
+    have = f"{machine.memory / 1e9:.0f} GB on {machine.name}"
+    if made.memory.total > machine.memory:
+        notes.append(f"does not fit: {made.memory.total / 1e9:.0f} GB of {have}")
+    evaluates = made.memory.evaluation <= machine.memory
+    if not evaluates:
+        notes.append(
+            f"no evaluation at the end, which one device does by itself: it takes "
+            f"{made.memory.evaluation / 1e9:.0f} GB of {have}; use `fewstep eval` on a larger one"
+        )
+    return made.model_copy(update={"notes": tuple(notes), "evaluates": evaluates})
 
 
 def gpu_at_hand() -> Machine | None:
@@ -131,6 +136,8 @@ def measure(
         reads = _pipeline_of(task, facts)
         own = hollow_family(reads, network, vae, source_resolution=model.source_resolution)
         passes[task] = measure_task(recipe, own, student, teacher, task, dtype, text_tokens)
+    blocks = [bytes_of(b) for n in family.trunk.blocks for b in network.get_submodule(n).children()]
+    width = 4 // dtype.itemsize if isinstance(model.roles, FullCast) else 1  # copies are float32
     networks = {BASE} | {t.weights for t in recipe.teachers.values()}
     size = replace(
         facts.model,
@@ -139,9 +146,15 @@ def measure(
         networks=len(networks),
         autoencoder=autoencoder,
         loras=loras * trained if isinstance(model.roles, LoraCast) else 0,
+        block=width * max(blocks),
+        outside=width * (bytes_of(network) - sum(blocks)),
         passes=passes,
     )
     return replace(facts, model=size)
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
 
 
 def _pipeline_of(task: Task, facts: Facts) -> str:

@@ -5,7 +5,7 @@ Those that belong to a computation (grid, lambda, batch, quotas) are made where 
 
 from itertools import pairwise
 
-from fewstep.errors import RecipeError, did_you_mean
+from fewstep.errors import RecipeError, did_you_mean, refuse
 from fewstep.recipe.facts import BUNDLED, Facts
 from fewstep.recipe.real_checks import check_real_teacher
 from fewstep.recipe.schema import (
@@ -16,6 +16,7 @@ from fewstep.recipe.schema import (
     Dmd,
     Dmd2,
     FolderSource,
+    PromptSource,
     Recipe,
     Renoise,
     Tdm,
@@ -119,6 +120,8 @@ def check_source(recipe: Recipe, facts: Facts) -> None:
                 field=f"data.pools.{name}.size",
                 hint=f"use {available} or fewer" if available else "remove the pool",
             )
+    if isinstance(source, PromptSource):
+        refuse(source.path, facts.image_problems)
 
 
 def check_probe(recipe: Recipe) -> None:

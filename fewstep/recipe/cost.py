@@ -4,6 +4,7 @@ One unit of cost is one forward evaluation of the network on one sample (NFE); a
 counts as two.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -68,7 +69,12 @@ class Memory(Strict):
     autoencoder: int = 0
     margin: int = 0
     """What cannot be computed: the device's context, libraries, holes between tensors."""
+    gathered: int = 0
+    """Of a sharded cast: blocks that are whole for their use, with their gradients."""
     total: int
+    evaluation: int = 0
+    """All that the lead needs when it plays a sharded cast's student and teachers whole, at the end
+    and by itself; 0 where that is no more than training."""
 
 
 def estimate_cost(
@@ -215,12 +221,12 @@ def _evaluation(recipe: Recipe, steps: int, model: ModelSize) -> tuple[float, fl
 
 
 def estimate_memory(
-    recipe: Recipe, *, teachers: int, tasks: tuple[str, ...], model: ModelSize
+    recipe: Recipe, *, teachers: int, tasks: tuple[str, ...], model: ModelSize, devices: int = 1
 ) -> Memory:
     """What is trained is held in float32; `precision` decides the activations, and the weights of
     frozen networks of real models."""
     if model.passes:
-        return _measured_memory(recipe, model)
+        return _measured_memory(recipe, model, devices)
     weights = 4 * (model.params if model.trained is None else model.trained)
     student = weights * (5 if recipe.ema else 4)
     # Without a fake score its copy of the weights lies idle.
@@ -255,18 +261,19 @@ HOLES = 0.1
 """Part of what comes and goes that the allocator cannot use again; assumed."""
 
 
-def _measured_memory(recipe: Recipe, model: ModelSize) -> Memory:
+def _measured_memory(recipe: Recipe, model: ModelSize, devices: int) -> Memory:
     """Trained weights, their gradients, moments and average are float32, the rest is as loaded.
 
     Student and fake score never have gradients at the same time, and sampling, which sets the
     student's own weights aside, has none: there is room for one such copy. The optimiser works on
-    all tensors at once and needs another for its roots.
+    all tensors at once and needs another for its roots. A sharded cast has of all that only parts.
     """
+    parts = devices if splits_cast(recipe, devices) else 1
     wide = 4 * (model.params if model.trained is None else model.trained)
     narrow = 2 if recipe.precision == "bf16" else 4
     trains_fake = not isinstance(recipe.objective, Consistency | TrajectoryRegression)
     student = wide * (5 if recipe.ema else 4)
-    fake = wide * (3 if trains_fake else 1) + _head_bytes(recipe.objective, model.width)
+    fake, head = wide * (3 if trains_fake else 1), _head_bytes(recipe.objective, model.width)
     frozen = narrow * (model.params * (model.networks or 1) + model.loras)
     autoencoder = narrow * model.autoencoder
     used = model.passes.values()
@@ -275,22 +282,52 @@ def _measured_memory(recipe: Recipe, model: ModelSize) -> Memory:
     update = max(
         max(p.training_bytes + halves * p.kept_bytes, p.kept_bytes + p.forward_bytes) for p in used
     )
+    update += _autocast_bytes(recipe, model)
     per_image = max(p.forward_bytes for p in used) / recipe.budget.micro_batch
     sampling = max(
         largest_batch(recipe) * per_image,
         max(p.decoder_bytes for p in used),
     )
-    coming = round(max(update, sampling, wide))
-    margin = CONTEXT + round(HOLES * coming)
+    student, fake, teachers = (math.ceil(all_of / parts) for all_of in (student, fake, frozen))
+    fake += head
+    gathered = 0 if parts == 1 else _gathered_bytes(recipe, model)
+    coming = round(max(update, sampling, wide / parts))
+    margin = CONTEXT + round(HOLES * (coming + gathered))
+    alone = frozen + wide + round((1 + HOLES) * sampling) + autoencoder + CONTEXT
+    total = student + fake + teachers + gathered + coming + autoencoder + margin
     return Memory(
         student=student,
         fake=fake,
-        teachers=frozen,
+        teachers=teachers,
         activations=coming,
         autoencoder=autoencoder,
         margin=margin,
-        total=student + fake + frozen + coming + autoencoder + margin,
+        gathered=gathered,
+        total=total,
+        evaluation=alone if parts > 1 and alone > total else 0,
     )
+
+
+def splits_cast(recipe: Recipe, devices: int) -> bool:
+    """Whether the networks are split over the devices."""
+    return devices > 1 and recipe.model.is_real and recipe.model.roles.shard
+
+
+def _autocast_bytes(recipe: Recipe, model: ModelSize) -> int:
+    """16-bit copies of a full cast's float32 weights, which are kept until the backward pass."""
+    if recipe.model.roles.kind == "lora" or recipe.precision == "fp32":
+        return 0
+    return model.block // 2 if recipe.model.roles.checkpointing else 2 * model.params
+
+
+def _gathered_bytes(recipe: Recipe, model: ModelSize) -> int:
+    """What lies outside the blocks, the block that plays, and the next one on its way.
+
+    In a backward pass a full copy also has the gradients of as much, and those of a block on their
+    way to the other devices. An adapter's are of no account.
+    """
+    weights = model.outside + 2 * model.block
+    return 2 * weights if recipe.model.roles.kind == "full" else weights
 
 
 def largest_batch(recipe: Recipe) -> int:

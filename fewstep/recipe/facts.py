@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from fewstep.recipe.available import count_available
+from fewstep.recipe.available import count_available, find_image_problems
 from fewstep.recipe.families import (
     BASE,
     EDIT,
@@ -78,6 +78,10 @@ class ModelSize:
     """Parameters of the autoencoder of a real model."""
     loras: int = 0
     """Parameters of the teachers' LoRAs."""
+    block: int = 0
+    """Bytes of the largest block of a network in training, with its adapters; 0 = not measured."""
+    outside: int = 0
+    """Bytes of such a network outside its blocks."""
     passes: Mapping[str, Passes] = field(default_factory=dict)
     """By task; empty where nothing was measured, and the plan estimates."""
 
@@ -95,6 +99,8 @@ class Facts:
     """The folder of the data source is not there."""
     available: Mapping[str, int] = field(default_factory=dict)
     """By pool: the number of prompts at hand, where known."""
+    image_problems: tuple[str, ...] = ()
+    """What rows of prompts name that is not there, and which name nothing that is needed."""
     model: ModelSize = LAB_MODEL
     pipelines: Mapping[str, PipelineFacts] = field(default_factory=dict)
     """Of a real model: what lies in model.path (`base`), in model.edit_path (`edit`), and in every
@@ -180,6 +186,7 @@ def _real_facts(recipe: Recipe) -> Facts:
     return Facts(
         source_missing=isinstance(source, PromptSource) and not _exists(source.path),
         available=count_available(recipe),
+        image_problems=find_image_problems(recipe),
         model=size,
         pipelines=found,
         lora_problems={name: problem for name, problem in loras.items() if problem},

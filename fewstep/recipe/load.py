@@ -93,20 +93,8 @@ def dump_yaml(model: BaseModel) -> str:
 
 
 def dump_brief_yaml(model: BaseModel) -> str:
-    """The same without nulls that are defaults, and without sections that had nothing else."""
-    least = model.model_dump(mode="json", exclude_defaults=True)
-    return _as_yaml(_brief(model.model_dump(mode="json"), least))
-
-
-def _brief(whole: Any, least: Any) -> Any:
-    """`whole` without what is empty in it and absent from `least`, which has no defaults."""
-    if isinstance(whole, dict):
-        asked = least if isinstance(least, dict) else {}
-        found = {key: _brief(value, asked.get(key)) for key, value in whole.items()}
-        return {key: v for key, v in found.items() if key in asked or v not in (None, {})}
-    if isinstance(whole, list) and isinstance(least, list):
-        return [_brief(one, other) for one, other in zip(whole, least, strict=True)]
-    return whole
+    """The same with nothing but what differs from the defaults."""
+    return _as_yaml(model.model_dump(mode="json", exclude_defaults=True))
 
 
 def _as_yaml(content: dict[str, Any]) -> str:

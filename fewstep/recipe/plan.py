@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from fewstep.errors import RecipeError, did_you_mean
 from fewstep.recipe.checks import check_objective, check_probe, check_source, check_teachers
-from fewstep.recipe.cost import Cost, Memory, estimate_cost, estimate_memory
+from fewstep.recipe.cost import Cost, Memory, estimate_cost, estimate_memory, splits_cast
 from fewstep.recipe.facts import Facts, Machine, ModelSize, gather_facts
 from fewstep.recipe.guidance import Guidance, real_score_nfe, resolve_guidance
 from fewstep.recipe.judging import JudgePlan, plan_judge
@@ -96,6 +96,8 @@ class Plan(Strict):
     """Of a real model."""
     judge: JudgePlan | None = None
     """Where an endpoint judges."""
+    evaluates: bool = True
+    """Whether `fewstep distill` evaluates: not where no single device holds a cast in parts."""
     notes: tuple[str, ...] = ()
     """What to know before relying on these numbers."""
 
@@ -160,10 +162,11 @@ def make_plan(recipe: Recipe, machine: Machine, facts: Facts | None = None) -> P
             teachers=len(teachers),
             tasks=tuple(quota.task for quota in tasks),
             model=facts.model,
+            devices=machine.devices,
         ),
         size=_size(facts.model),
         judge=plan_judge(recipe, steps=len(grid)),
-        notes=(*facts.notes, *_device_notes(machine)),
+        notes=(*facts.notes, *_device_notes(recipe, machine)),
     )
 
 
@@ -187,11 +190,14 @@ def _size(model: ModelSize) -> Size | None:
     )
 
 
-def _device_notes(machine: Machine) -> tuple[str, ...]:
+def _device_notes(recipe: Recipe, machine: Machine) -> tuple[str, ...]:
     if machine.devices == 1:
-        return ()
+        alone = recipe.model.is_real and recipe.model.roles.shard
+        return ("model.cast.shard changes nothing on one device",) if alone else ()
+    split = splits_cast(recipe, machine.devices)
+    cast = "over which the cast is split" if split else "each with the whole cast"
     return (
-        f"{machine.devices} devices, each with the whole cast, when torchrun starts as many "
+        f"{machine.devices} devices, {cast}, when torchrun starts as many "
         "processes (docs/distributed.md); the hours are arithmetic alone, without the time of "
         "communication",
     )

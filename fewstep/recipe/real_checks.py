@@ -16,6 +16,12 @@ def check_model(recipe: Recipe, facts: Facts) -> None:
         return
     _check_folders(recipe, facts)
     _check_size(recipe)
+    if recipe.model.roles.shard and recipe.model.roles.compile:
+        raise RecipeError(
+            "compiled blocks of a sharded network were never tried",
+            field="model.cast.compile",
+            hint="use compile: false, or shard: false where each device can hold the cast",
+        )
     if recipe.data.source.kind != "prompts":
         raise RecipeError(
             f"{recipe.data.source.kind!r} data for a real model",

@@ -156,6 +156,10 @@ def _judge_line(judge: JudgePlan) -> str:
     )
 
 
+REAL_ONLY = ("autoencoder", "blocks gathered for their use", "margin for what is not computed")
+"""Parts that a lab's plan does not have."""
+
+
 def _memory_table(memory: Memory) -> Table:
     table = Table(title="memory on one device, estimated", title_justify="left")
     table.add_column("part")
@@ -165,14 +169,17 @@ def _memory_table(memory: Memory) -> Table:
         "fake score, discriminator": memory.fake,
         "teachers": memory.teachers,
         "autoencoder": memory.autoencoder,
+        "blocks gathered for their use": memory.gathered,
         "activations": memory.activations,
         "margin for what is not computed": memory.margin,
     }
     for part, size in parts.items():
-        if size or part not in ("autoencoder", "margin for what is not computed"):
+        if size or part not in REAL_ONLY:
             table.add_row(part, _bytes(size))
     table.add_section()
     table.add_row("all", f"[bold]{_bytes(memory.total)}[/bold]")
+    if memory.evaluation:
+        table.add_row("evaluation at the end, by the lead alone", _bytes(memory.evaluation))
     return table
 
 

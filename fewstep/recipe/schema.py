@@ -50,12 +50,16 @@ class LoraCast(Strict):
     """Compute each block again in the backward pass instead of keeping what is inside it."""
     compile: bool = False
     """torch.compile for the repeated blocks."""
+    shard: bool = False
+    """Split every network over the devices that torchrun starts (FSDP2): weights, gradients,
+    moments, average. On one device it changes nothing."""
 
 
 class FullCast(Strict):
     kind: Literal["full"]
     checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
 
 
 RealFamily = Literal[
@@ -453,8 +457,11 @@ class Recipe(Strict):
         return self.budget.micro_batch if self.model.is_real else IMAGES_AT_ONCE
 
     def content_hash(self) -> str:
-        """16 hex digits over every field that decides the student: not name, log or evaluation."""
+        """16 hex digits over every field that decides the student: not name, log or evaluation, and
+        not how the cast lies on the devices."""
         content = self.model_dump(mode="json", exclude={"name", "log", "evaluation"})
+        if content["model"]["cast"]:
+            del content["model"]["cast"]["shard"]
         return hash_of(content, content["data"]["source"])
 
 

@@ -6,8 +6,7 @@ from PIL import Image
 
 from fewstep.evals.curves import Panel, draw
 from fewstep.evals.gallery import data_uri
-from fewstep.evals.markup import Html, h, join
-from fewstep.evals.report_html import page
+from fewstep.evals.markup import Html, h, join, page
 from fewstep.study_report.curves import Curve, mean_curve, mismatch_curve
 from fewstep.study_report.read import DONE, Study
 from fewstep.study_report.story import Story

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fewstep.errors import CellsFailed, Interrupted, RecipeError, RunError
 from fewstep.sweep.devices import CPU, Slot, cores_here, make_slots, visible_gpus
@@ -20,9 +20,15 @@ from fewstep.sweep.layout import (
     write_atomically,
     write_study,
 )
-from fewstep.sweep.predict import Measurement, measure, predict_all, wall_clock
+from fewstep.sweep.predict import (
+    Measurement,
+    measure,
+    predict_all,
+    requests_to_measure,
+    wall_clock,
+)
 from fewstep.sweep.progress import Display, duration
-from fewstep.sweep.study import Cell, Study, load_study, make_cells, make_reference
+from fewstep.sweep.study import Cell, Reference, Study, load_study, make_cells, make_reference
 
 console = Console()
 
@@ -62,11 +68,13 @@ def sweep(
         check_identities(out, work if redo else everything, redo=redo)
     measured = known_measurement(out, cells, slots[0])
     if measured is None and measure_first and only is None and target is None and left(out, work):
-        say("measuring this machine on a few updates ...")
+        asked = requests_to_measure(cells)
+        judge = f" and up to {asked:,} requests to the judge" if asked else ""
+        say(f"measuring this machine on a few updates{judge} ...")
         measured = measure(cells, slots[0], environment)
     predicted = predict_all(everything, out, measured, slots[0])
     if dry_run:
-        print_prediction(study, cells, work, predicted, out, slots)
+        print_prediction(study, everything, work, predicted, out, slots)
         return
     if measured is not None:
         write_atomically(out / "costs.json", measured.model_dump_json(indent=2))
@@ -128,27 +136,44 @@ def known_measurement(out: Path, cells: Sequence[Cell], slot: Slot) -> Measureme
 
 def print_prediction(
     study: Study,
-    cells: Sequence[Cell],
+    everything: Sequence[Work],
     work: Sequence[Work],
     predicted: Mapping[str, float],
     out: Path,
     slots: Sequence[Slot],
 ) -> None:
-    table = Table("variant", "cells", "seconds per cell", "updates", "samples", title=study.name)
+    names = Column("variant", no_wrap=True)
+    table = Table(names, "cells", "seconds per cell", "updates", "samples", title=study.name)
+    if everything[0].plan.judge:
+        table.add_column("judge requests per cell")
     for name in study.variants:
-        own = [cell for cell in cells if cell.variant == name]
+        own = [cell for cell in everything if isinstance(cell, Cell) and cell.variant == name]
         mean = sum(predicted[cell.name] for cell in own) / len(own)
         samples = sum(quota.samples for quota in own[0].plan.tasks)
         updates = own[0].plan.updates
-        table.add_row(name, str(len(own)), f"{mean:.0f}", str(updates), str(samples))
-    if "reference" in predicted:
-        table.add_row("reference", "1", f"{predicted['reference']:.0f}", "", "")
+        cost = f"{mean:.0f}", str(updates), str(samples), *_asked(own[0])
+        table.add_row(name, str(len(own)), *cost)
+    if isinstance(last := everything[-1], Reference):
+        cost = f"{predicted[last.name]:.0f}", "", "", *_asked(last)
+        table.add_row(last.name, "1", *cost)
     console.print(table)
-    seconds = [predicted[cell.name] for cell in left(out, work)]
+    to_run = left(out, work)
+    seconds = [predicted[cell.name] for cell in to_run]
     done = f" {len(work) - len(seconds)} are done." if len(seconds) < len(work) else ""
     jobs = f"{len(slots)} job{'s' if len(slots) > 1 else ''}"
     say(f"{len(seconds)} cells to run, {sum(seconds):.0f} s in all.{done}")
     say(f"With {jobs} on {where(slots)}: {duration(wall_clock(seconds, len(slots)))}.")
+    if judges := [cell.plan.judge for cell in to_run if cell.plan.judge]:
+        asked, images = sum(j.requests for j in judges), sum(j.images for j in judges)
+        say(
+            f"Up to {asked:,} requests to {judges[0].model} for {images:,} images; its price is "
+            "the endpoint's."
+        )
+
+
+def _asked(cell: Work) -> list[str]:
+    """Requests to the judge as a cell of the table, where an endpoint judges."""
+    return [f"{cell.plan.judge.requests:,}"] if cell.plan.judge else []
 
 
 def where(slots: Sequence[Slot]) -> str:

@@ -38,6 +38,8 @@ class Costs(Strict):
     """One floating-point operation of the training, as the plan counts them."""
     image: float
     """One image of the student, in its evaluation or in a probe: drawn, judged and kept."""
+    judge: float = 0.0
+    """One image at the endpoint that judges it, where there is one."""
     evaluation: float
     """One evaluation of the network in drawing a teacher's image."""
     once: float
@@ -58,15 +60,24 @@ def measure(cells: Sequence[Cell], slot: Slot, environment: Mapping[str, str]) -
 
     Raises RunError with what such a run printed when it failed: the study would fail likewise.
     """
-    dearest: dict[str, Cell] = {}
-    for cell in sorted(cells, key=lambda cell: cell.plan.cost.flop):
-        dearest[cell.recipe.objective.kind] = cell
     return Measurement(
         device=slot.device,
         threads=slot.threads,
         code=code_hash(cells[0].recipe),
-        costs={kind: _short_run(cell, slot, environment) for kind, cell in dearest.items()},
+        costs={k: _short_run(cell, slot, environment) for k, cell in _dearest(cells).items()},
     )
+
+
+def requests_to_measure(cells: Sequence[Cell]) -> int:
+    """How often `measure` asks the endpoint that judges."""
+    plans = [make_plan(_shortened(c.recipe), local_machine()) for c in _dearest(cells).values()]
+    return sum(plan.judge.requests for plan in plans if plan.judge)
+
+
+def _dearest(cells: Sequence[Cell]) -> dict[str, Cell]:
+    """By the kind of objective."""
+    by_cost = sorted(cells, key=lambda cell: cell.plan.cost.flop)
+    return {cell.recipe.objective.kind: cell for cell in by_cost}
 
 
 def _short_run(cell: Cell, slot: Slot, environment: Mapping[str, str]) -> Costs:
@@ -134,7 +145,9 @@ def _read_costs(out: Path, recipe: Recipe, wall: float) -> Costs:
         if own:
             size = sum(recipe.data.pools[name].size for name in own)
             prompt[task] = sum(pools[name] for name in own) / size
-    rows = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
+    # One an image, which has a line when it is drawn and one when an endpoint has judged it.
+    rows = {(row["model"], row["case"], row["seed"]): row for row in logged}.values()
     teachers = [row for row in rows if row["model"].startswith("teacher")]
     drawing = sum(row["seconds"] for row in teachers)
     image = (phases["evaluate"] - drawing) / len(rows)
@@ -146,6 +159,7 @@ def _read_costs(out: Path, recipe: Recipe, wall: float) -> Costs:
         # The first update also warms up caches and kernels.
         operation=median(updates[1:]) * plan.updates / plan.cost.flop,
         image=image,
+        judge=phases.get("judge", 0.0) / len(rows),
         evaluation=drawing / sum(row["nfe"] for row in teachers),
         once=max(beside - _probed(recipe) * image, 0.0) / max(_probed(recipe), 1),
     )
@@ -155,14 +169,15 @@ def predict(cell: Cell | Reference, measured: Measurement) -> float:
     """Seconds of a cell that has a device to itself."""
     recipe, plan = cell.recipe, cell.plan
     costs = measured.costs.get(recipe.objective.kind) or next(iter(measured.costs.values()))
+    judging = plan.judge.images * costs.judge if plan.judge else 0.0
     if isinstance(cell, Reference):
-        judged = len(recipe.evaluation.models) * _images(recipe) * costs.image
-        return costs.start + judged + plan.cost.evaluation_nfe * costs.evaluation
+        drawn = len(recipe.evaluation.models) * _images(recipe) * costs.image
+        return costs.start + drawn + judging + plan.cost.evaluation_nfe * costs.evaluation
     prepare = sum(quota.size * costs.prompt.get(quota.task, 0.0) for quota in plan.pools)
     train = plan.cost.flop * costs.operation
     drawn = _images(recipe) + _probes(recipe) * _probed(recipe)
     probes = max(_probed(recipe), 1) * costs.once
-    return costs.start + costs.load + prepare + train + probes + drawn * costs.image
+    return costs.start + costs.load + prepare + train + probes + drawn * costs.image + judging
 
 
 def _images(recipe: Recipe) -> int:

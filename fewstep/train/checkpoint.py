@@ -70,6 +70,11 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def load_last(path: Path) -> Resumed:
     """The state at `path`, or the one before it where that is damaged or missing."""
+    if sharded(path).exists():
+        raise CheckpointError(
+            f"checkpoint {sharded(path)}: was written in parts by several devices; resume with "
+            "torchrun, two devices or more and model.cast.shard: true"
+        )
     try:
         return Resumed(load_state(path), "")
     except CheckpointError as last:
@@ -83,11 +88,17 @@ def load_last(path: Path) -> Resumed:
 
 
 def has_state(path: Path) -> bool:
-    return path.exists() or previous_of(path).exists()
+    """Whole or sharded."""
+    return any(p.exists() or sharded(p).exists() for p in (path, previous_of(path)))
 
 
 def previous_of(path: Path) -> Path:
     return path.with_name("previous.pt")
+
+
+def sharded(path: Path) -> Path:
+    """The folder of a state in parts (`train.sharding`), where a whole one would be the file."""
+    return path.with_suffix("")
 
 
 def forget_after(metrics: Path, step: int) -> None:

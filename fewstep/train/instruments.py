@@ -4,8 +4,8 @@ Pure functions of what the update computed anyway. What has to be drawn for it (
 noise, collapse) is `evals.probe`'s.
 """
 
-from collections.abc import Mapping
-from math import isnan
+from collections.abc import Iterable, Mapping
+from math import isnan, sqrt
 from statistics import fmean
 
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from fewstep.core.types import Batch
 from fewstep.recipe.plan import Plan
 
 Metrics = dict[str, float]
+Told = dict[str, float | list[float]]
+"""What a micro-batch tells: of itself, or of each of its samples that a key is about."""
 
 
 def describe(
@@ -28,18 +30,19 @@ def describe(
     fake: Float[Tensor, "b *chw"],
     real: Float[Tensor, "b *chw"],
     answers: Mapping[str, Float[Tensor, "b *chw"]],
-) -> Metrics:
+) -> Told:
     """What to log about one comparison of scores at step k, by the conditions' groups.
 
     `fake`, `real` and `answers` are denoised x_0 at (x_t, t) in float32; the answer of a teacher is
-    NaN in the rows that it did not see. All rows of a group have the same lambda.
+    NaN in the rows that it did not see. All rows of a group have the same lambda. Every key has a
+    value of each row that it is about, for `mean_of` all micro-batches:
 
-    - `mismatch/<group>/<teacher>/k<k>`: mean of ||s_m - s_stu|| / ||s_stu|| over the rows it saw
-    - `share/<group>/<teacher>`: mean over the rows of its part of sum_m lambda_m ||s_m - s_stu||;
-      the shares of a group sum to 1
-    - `gap/<category>`: root mean square of real - fake, in x_0
+    - `mismatch/<group>/<teacher>/k<k>`: ||s_m - s_stu|| / ||s_stu||, of the rows it saw
+    - `share/<group>/<teacher>`: its part of sum_m lambda_m ||s_m - s_stu||; the shares of a group
+      sum to 1
+    - `gap/<category>`: mean square of real - fake, in x_0
     """
-    metrics: Metrics = {}
+    told: Told = {}
     away = {m: relative_mismatch(x_t, t, answer, fake).tolist() for m, answer in answers.items()}
     groups = [plan.group(batch.task, category) for category in batch.categories]
     for group in dict.fromkeys(groups):
@@ -48,18 +51,32 @@ def describe(
         for name in entry.cfg:
             seen = [away[name][i] for i in rows if not isnan(away[name][i])] if name in away else []
             if seen:
-                metrics[f"mismatch/{group}/{name}/k{k}"] = fmean(seen)
+                told[f"mismatch/{group}/{name}/k{k}"] = seen
         shares = [
             shares_of_pull(entry.weights[k], {m: away[m][i] for m in entry.weights[k]})
             for i in rows
         ]
         for name in entry.cfg:
-            metrics[f"share/{group}/{name}"] = fmean(s.get(name, 0.0) for s in shares)
+            told[f"share/{group}/{name}"] = [s.get(name, 0.0) for s in shares]
     gap = (real - fake).flatten(1).square().mean(1).tolist()
     for category in sorted(set(batch.categories)):
         own = [g for g, c in zip(gap, batch.categories, strict=True) if c == category]
-        metrics[f"gap/{category}"] = fmean(own) ** 0.5
-    return metrics
+        told[f"gap/{category}"] = own
+    return told
+
+
+def mean_of(rows: Iterable[Told]) -> Metrics:
+    """The mean of each key over the micro-batches that told it, or over all samples where each has
+    a value of its own; for `gap/` its root, taken last.
+
+    So it does not matter how the samples of an update are cut into micro-batches and ranks.
+    """
+    told: dict[str, list[float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            told.setdefault(key, []).extend(value if isinstance(value, list) else [value])
+    means = {key: fmean(values) for key, values in sorted(told.items())}
+    return {key: sqrt(mean) if key.startswith("gap/") else mean for key, mean in means.items()}
 
 
 def relative_mismatch(

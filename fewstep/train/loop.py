@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fewstep.core.types import Batch, Task
+from fewstep.core.types import Batch, Condition, Task
 from fewstep.data.mixture import Mixture
 from fewstep.data.pools import AnyPool
 from fewstep.errors import CheckpointError
@@ -24,9 +24,10 @@ from fewstep.recipe.schema import Adam, Recipe, TrajectoryRegression
 from fewstep.train.adaptive import Schedule
 from fewstep.train.checkpoint import LAST, forget_after, load_last, save_state
 from fewstep.train.ema import Ema
-from fewstep.train.instruments import Metrics
+from fewstep.train.instruments import Metrics, Told, mean_of
 from fewstep.train.methods import RealBatch, Update, WalkBatch, make_method, teacher_states
 from fewstep.train.ranks import ALONE, Ranks
+from fewstep.train.sharding import is_sharded, load_parts, save_parts
 from fewstep.train.step import apply_gradients, warmed
 from fewstep.train.walks import Walk, Walks
 
@@ -65,7 +66,7 @@ class Distillation:
     ) -> None:
         assert plan.batch.devices == ranks.world, "a plan is for as many devices as there are"
         self.cast, self.pools, self.recipe, self.plan, self.shape = cast, pools, recipe, plan, shape
-        self.ranks = ranks
+        self.ranks, self.in_parts = ranks, is_sharded(cast.student)
         self.student_optimiser = make_adam(cast.student, recipe.optim.student)
         self.method = make_method(cast, recipe)
         self.fake_optimiser = make_adam(cast.fake, recipe.optim.fake)
@@ -102,14 +103,22 @@ class Distillation:
     def _gather(self, names: tuple[str, ...], indices: list[int]) -> Batch:
         """This rank's share of them."""
         share = self.ranks.share
+        about: dict[str, Any] = {"share": share}
+        if self.in_parts:
+            about["company"] = tuple(self.pools[name].category for name in names)
+            about["anywhere"] = self.ranks.anywhere
         names, indices = share.take(names), share.take(indices)
         pools = [self.pools[name] for name in names]
-        cond, target = pools[0].gather(pools, indices)
+
+        def read() -> tuple[Condition, Tensor | None]:
+            return pools[0].gather(pools, indices)
+
+        cond, target = self.ranks.each(read) if self.in_parts else read()
         device = next(self.cast.student.parameters()).device
         parts = pools[0].task, tuple(p.category for p in pools), cond.to(device), self.shape
         if target is None:
-            return Batch(*parts, share=share)
-        return RealBatch(*parts, target.to(device), share=share)
+            return Batch(*parts, **about)
+        return RealBatch(*parts, target.to(device), **about)
 
     def _next_walk(self, walks: Walks, role: str) -> Batch:
         def make() -> Walk:
@@ -122,7 +131,8 @@ class Distillation:
         walk = walks.next(make)
         b = self._gather(walk.pools, walk.indices)
         states = b.share.take(walk.states.transpose(0, 1)).transpose(0, 1).to(b.cond.device)
-        return WalkBatch(b.task, b.categories, b.cond, b.shape, states, share=b.share)
+        about: dict[str, Any] = {"share": b.share, "company": b.company, "anywhere": b.anywhere}
+        return WalkBatch(b.task, b.categories, b.cond, b.shape, states, **about)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -200,7 +210,7 @@ def train_step(d: Distillation) -> Metrics:
     """One student update with its fake-score updates; returns what happened."""
     recipe, cast = d.recipe, d.cast
     plan = d.schedule.at(d.step)  # lambda as it stands; constant during the update
-    rows: list[Metrics] = []
+    rows: list[Told] = []
     fake_lr = warmed(recipe.optim.fake.lr, d.step, recipe.optim.warmup)
     for _ in range(d.method.fake_updates):
         assert d.method.fake
@@ -222,11 +232,11 @@ def train_step(d: Distillation) -> Metrics:
     return metrics | {"grad_norm/student": norm, "lr/student": settings[1]}
 
 
-def accumulate(d: Distillation, update: Update, role: str, plan: Plan) -> list[Metrics]:
+def accumulate(d: Distillation, update: Update, role: str, plan: Plan) -> list[Told]:
     """Gradients of `update` over the micro-batches of one optimiser step, and what they told on all
     ranks. A value that is not finite on one of them stops all."""
 
-    def compute() -> list[Metrics]:
+    def compute() -> list[Told]:
         rows = []
         for _ in range(plan.batch.accumulation):
             batch, k = d.draw(role)
@@ -248,12 +258,6 @@ def mixed_precision(d: Distillation) -> torch.autocast:
     )
 
 
-def mean_of(rows: list[Metrics]) -> Metrics:
-    """The mean of each key over the rows that have it."""
-    keys = sorted({key for row in rows for key in row})
-    return {key: fmean(row[key] for row in rows if key in row) for key in keys}
-
-
 def distil(
     d: Distillation,
     out: Path,
@@ -265,31 +269,40 @@ def distil(
     """Run to the end of the budget; metrics.jsonl and complete states go into `out`.
 
     What `on_probe` returns is logged with the step that it was asked at. Only the lead draws, and
-    only the lead saves; the others wait, and what they log is for no one.
+    only the lead saves; the others wait, and what they log is for no one. With a sharded cast all
+    draw the same, because no rank can without the others, and each saves its parts.
     """
     log, last = d.recipe.log, d.plan.updates
     log_due, sample_due, save_due = (
         Due(n, last) for n in (log.every, log.sample_every, log.save_every)
     )
+    draws = d.ranks.is_lead or d.in_parts
     probe_due = Due(log.probe.every, last, log.probe.steps) if log.probe else lambda step: False
     with (out / "metrics.jsonl").open("a") as file:
         while d.step < last:
             begun = time.perf_counter()
             metrics = train_step(d)
             metrics["seconds"] = time.perf_counter() - begun
-            probed = on_probe(d.step) if probe_due(d.step) and d.ranks.is_lead else {}
+            probed = on_probe(d.step) if probe_due(d.step) and draws else {}
             if log_due(d.step) or probed:
                 metrics |= probed
                 file.write(json.dumps({"step": d.step, **metrics}) + "\n")
                 file.flush()
             on_step(d.step, metrics)
-            if sample_due(d.step) and d.ranks.is_lead:
+            if sample_due(d.step) and draws:
                 on_sample(d.step)
             if save_due(d.step):
-                d.ranks.check_alike("the weights", lambda: checksum(d))
-                if d.ranks.is_lead:
-                    save_state(d.state_dict(), out / LAST)
+                save(d, out)
             d.ranks.wait()  # until the lead has drawn and written
+
+
+def save(d: Distillation, out: Path) -> None:
+    if d.in_parts:
+        save_parts(d.state_dict(), out / LAST, d.ranks)
+        return
+    d.ranks.check_alike("the weights", lambda: checksum(d))
+    if d.ranks.is_lead:
+        save_state(d.state_dict(), out / LAST)
 
 
 def checksum(d: Distillation) -> float:
@@ -305,8 +318,10 @@ def resume(d: Distillation, out: Path) -> str:
     is well.
     """
 
+    parts = load_parts(d.state_dict(), out / LAST, d.ranks) if d.in_parts else None
+
     def load() -> list[str]:
-        state, notice = load_last(out / LAST)
+        state, notice = parts or load_last(out / LAST)
         d.load_state_dict(state)
         return [notice]
 

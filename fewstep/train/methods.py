@@ -36,7 +36,7 @@ from fewstep.recipe.schema import (
 )
 from fewstep.rollout import rollout, walk
 from fewstep.samplers import step
-from fewstep.train.instruments import Metrics
+from fewstep.train.instruments import Told
 from fewstep.train.step import (
     check_finite,
     compare_scores,
@@ -53,7 +53,7 @@ from fewstep.train.step import (
 
 Update = Callable[
     [Cast, Batch, int, Plan, Recipe, torch.Generator],
-    tuple[Tensor, Metrics],
+    tuple[Tensor, Told],
 ]
 
 
@@ -115,7 +115,7 @@ def dmd2_fake(
     plan: Plan,
     recipe: Recipe,
     noise: torch.Generator,
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """Flow matching on the student's samples, and telling them from the data's real images."""
     objective = recipe.objective
     assert isinstance(objective, Dmd2) and isinstance(batch, RealBatch)
@@ -128,8 +128,8 @@ def dmd2_fake(
         realism(head, cast, add_noise(image, eps, t), t, batch.cond) for image in (batch.target, x)
     )
     gan = discriminator_loss(real, fake)
-    check_finite(loss, "fake-score loss")
-    check_finite(gan, "discriminator loss")
+    check_finite(loss, "fake-score loss", batch)
+    check_finite(gan, "discriminator loss", batch)
     metrics = {"loss/fake": loss.item(), f"loss/fake/{batch.task}": loss.item()}
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     metrics |= {"loss/gan/head": gan.item(), "gan/accuracy": accuracy.item()}
@@ -144,7 +144,7 @@ def dmd2_student(
     plan: Plan,
     recipe: Recipe,
     noise: torch.Generator,
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """DMD, and -log D of the student's re-noised sample."""
     objective = recipe.objective
     assert isinstance(objective, Dmd2)
@@ -159,7 +159,7 @@ def dmd2_student(
     sample = x.detach().requires_grad_()
     gan = generator_loss(realism(head, cast, add_noise(sample, eps, t), t, batch.cond))
     (slope,) = torch.autograd.grad(gan, sample)
-    check_finite(slope, "gradient of the discriminator")
+    check_finite(slope, "gradient of the discriminator", batch)
     metrics["loss/gan/student"] = gan.item()
     return loss + objective.gan.student_weight * (slope * (x - x.detach())).sum(), metrics
 
@@ -184,7 +184,7 @@ def _new_head(cast: Cast, seed: int) -> Head:
 
 def decoupled_student(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """Distribution matching with bare teachers at one time, CFG augmentation at another."""
     objective = recipe.objective
     assert isinstance(objective, DecoupledDmd)
@@ -216,11 +216,13 @@ def decoupled_student(
 
 def augment(cast: Cast, batch: Batch, k: int, plan: Plan, x_t: Tensor, t: Tensor) -> Tensor:
     """sum_m lambda_m (guided_m - conditional_m) at step k: what guidance adds, in x_0."""
-    weights, scales = teacher_mix(batch, k, plan)
+    weights, scales, company = teacher_mix(batch, k, plan)
     added = torch.zeros_like(x_t, dtype=torch.float32)
     for name in sorted(name for name, scale in scales.items() if scale != 1):
         share = torch.tensor([row.get(name, 0.0) for row in weights], device=x_t.device)
         seen = share.nonzero().squeeze(1)
+        if not len(seen) and any(row.get(name) for row in company):
+            seen = seen.new_zeros(1)  # a sample of weight 0, for company's sake
         if len(seen):
             own = added_by_guidance(
                 cast.teachers[name], x_t[seen], t[seen], batch.cond[seen], scales[name]
@@ -244,20 +246,20 @@ def added_by_guidance(
 
 def tdm_fake(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """Score matching of the student's states at t_{k+1}, diffused up to t_k."""
     with torch.no_grad():
         _, x_s, s = next_state(cast, draw_noise(batch, noise), batch, k, plan)
     tau, xi = draw_between(batch, k, plan, recipe, noise)
     predicted = cast.fake.predict_v(diffuse(x_s, xi, s, tau), tau, batch.cond)
     loss = fake_trajectory_loss(predicted, x_s, xi, s, tau)
-    check_finite(loss, "fake-score loss")
+    check_finite(loss, "fake-score loss", batch)
     return loss, {"loss/fake": loss.item(), f"loss/fake/{batch.task}": loss.item()}
 
 
 def tdm_student(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """The student's state at t_{k+1} against the teacher's law there.
 
     d x_s / d x = 1 - t_{k+1} / t_k is a constant of the step and left to lambda_tau, so that the
@@ -303,7 +305,7 @@ def draw_between(
 
 def consistency_student(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """Two neighbours on the guided teacher's path through a noised real image land alike."""
     objective = recipe.objective
     assert isinstance(objective, Consistency) and isinstance(batch, RealBatch)
@@ -320,20 +322,20 @@ def consistency_student(
         x_next = euler_step(x_t, x_0, t, t_next)
         target = land(x_next, cast.student(x_next, t_next, batch.cond).float(), t_next, edge)
     loss = consistency_loss(landing, target)
-    check_finite(loss, "student loss")
+    check_finite(loss, "student loss", batch)
     return loss, student_metrics(loss, batch, k)
 
 
 def trajectory_student(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """From the teacher's state at t_k, one step must land on its state at t_{k+1}."""
     assert isinstance(batch, WalkBatch)
     start, end = (*plan.grid, 0.0)[k : k + 2]
     t = torch.full((len(batch),), start, device=batch.states.device)
     state, target = batch.states[k], batch.states[k + 1]
     loss = regression_loss(cast.student(state, t, batch.cond).float(), state, t, target, end)
-    check_finite(loss, "student loss")
+    check_finite(loss, "student loss", batch)
     return loss, student_metrics(loss, batch, k)
 
 
@@ -355,7 +357,7 @@ def teacher_states(
             state = step(state, mix, batch.cond, t, t_next)
         states.append(state)
     walked = torch.stack(states)
-    check_finite(walked, "teacher's trajectory")
+    check_finite(walked, "teacher's trajectory", batch)
     return walked
 
 
@@ -363,5 +365,5 @@ def guided_mix(
     cast: Cast, batch: Batch, k: int, plan: Plan, x_t: Tensor, t: Tensor, cond: Condition
 ) -> Tensor:
     """The real x_0 of step k: guided teachers, mixed by lambda."""
-    weights, scales = teacher_mix(batch, k, plan)
-    return real_denoised(cast.teachers, weights, scales, x_t, t, cond)[0]
+    weights, scales, company = teacher_mix(batch, k, plan)
+    return real_denoised(cast.teachers, weights, scales, x_t, t, cond, company)[0]

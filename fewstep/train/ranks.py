@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fewstep.core.types import Share
 from fewstep.errors import FewstepError, RunError
@@ -75,6 +76,30 @@ class Ranks:
                 raise Agreed(problem if rank == 0 else f"rank {rank}: {problem}", code)
         return [row for rows, _, _ in told for row in rows]
 
+    def each(self, compute: Callable[[], T]) -> T:
+        """`compute` on every rank; an error of any stops all."""
+        made: list[T] = []
+
+        def here() -> list[None]:
+            made.append(compute())
+            return []
+
+        self.collect(here)
+        return made[0]
+
+    def most(self, number: int) -> int:
+        """The largest of the numbers that the ranks say, each its own."""
+        if self.world == 1:
+            return number
+        largest = torch.tensor(number)
+        with self._company():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.words)
+        return int(largest)
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.most(int(flag)))
+
     def lead_first(self, compute: Callable[[], T]) -> T:
         """`compute` on the lead, then on all others: they find what it has left on the disk."""
         made: list[T] = []
@@ -109,11 +134,12 @@ class Ranks:
     def average_gradients(self, module: Trainable) -> None:
         """The mean over the ranks in place of each gradient, by one all-reduce in float32.
 
-        A parameter without gradient on every rank keeps none.
+        A parameter without gradient on every rank keeps none. Of a sharded network the backward
+        pass has left the mean already.
         """
-        if self.world == 1:
+        own = [p for p in module.parameters() if not isinstance(p, DTensor)]
+        if self.world == 1 or not own:
             return
-        own = list(module.parameters())
         present = torch.tensor([float(p.grad is not None) for p in own], device=own[0].device)
         parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own]
         flat = torch.cat([present, *(part.float() for part in parts)])

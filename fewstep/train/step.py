@@ -11,9 +11,10 @@ The other objectives are in `train.methods`, in the same words; what all share i
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.process import add_noise, uniform_time
 from fewstep.core.types import Batch, Condition
@@ -26,8 +27,9 @@ from fewstep.recipe.plan import Plan
 from fewstep.recipe.schema import Adam, DecoupledDmd, Dmd, Recipe, Renoise
 from fewstep.rollout import rollout
 from fewstep.samplers import shifted_grid, step
-from fewstep.train.instruments import Metrics, describe
+from fewstep.train.instruments import Told, describe
 from fewstep.train.ranks import ALONE, Agreed, Ranks
+from fewstep.train.sharding import clip, whole
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Score:
 
 def update_fake(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """Loss of the fake score network on fresh samples of the student (flow matching, eq. 2)."""
     assert isinstance(recipe.objective, Dmd | DecoupledDmd)
     with torch.no_grad():
@@ -51,13 +53,13 @@ def update_fake(
     t, eps = draw_renoising(batch, recipe.objective.renoise, noise)
     predicted = cast.fake.predict_v(add_noise(x, eps, t), t, batch.cond)
     loss = fake_velocity_loss(predicted, x, eps)
-    check_finite(loss, "fake-score loss")
+    check_finite(loss, "fake-score loss", batch)
     return loss, {"loss/fake": loss.item(), f"loss/fake/{batch.task}": loss.item()}
 
 
 def update_student(
     cast: Cast, batch: Batch, k: int, plan: Plan, recipe: Recipe, noise: torch.Generator
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """Loss of the student at step k, whose gradient is eq. 7, and what to log about it."""
     objective = recipe.objective
     assert isinstance(objective, Dmd)
@@ -72,23 +74,23 @@ def update_student(
         anchored = first_step_loss(cast, batch, start, x, plan, recipe)
         metrics["loss/anchor"] = anchored.item()
         loss = loss + objective.anchor.weight * anchored
-        check_finite(loss, "student loss")
+        check_finite(loss, "student loss", batch)
     return loss, metrics
 
 
 def matching_loss(
     batch: Batch, k: int, plan: Plan, x: Tensor, direction: Tensor, score: Score
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Tensor, Told]:
     """The loss whose gradient at x is `direction` (over numel), checked, and what to log."""
-    check_finite(direction, "score difference")
+    check_finite(direction, "score difference", batch)
     loss = dmd_loss(x, direction)
-    check_finite(loss, "student loss")
+    check_finite(loss, "student loss", batch)
     seen = {"fake": score.fake, "real": score.real, "answers": score.answers}
     told = describe(batch, k, plan, x_t=score.x_t, t=score.t, **seen)
     return loss, student_metrics(loss, batch, k) | told
 
 
-def student_metrics(loss: Tensor, batch: Batch, k: int) -> Metrics:
+def student_metrics(loss: Tensor, batch: Batch, k: int) -> Told:
     return {f"loss/student/k{k}": loss.item(), f"loss/student/{batch.task}": loss.item()}
 
 
@@ -100,21 +102,32 @@ def compare_scores(
     `plan` has lambda as it stands at this update (`Distillation.schedule.at`). Not `guided`: the
     teachers' bare conditional answers, of scale 1.
     """
-    weights, scales = teacher_mix(batch, k, plan)
+    weights, scales, company = teacher_mix(batch, k, plan)
     scales = scales if guided else dict.fromkeys(scales, 1.0)
-    real, answers = real_denoised(cast.teachers, weights, scales, x_t, t, batch.cond)
+    real, answers = real_denoised(cast.teachers, weights, scales, x_t, t, batch.cond, company)
     for name, answer in unweighted(cast, batch, k, plan, scales, x_t, t).items():
         answers[name] = torch.where(answer.isnan(), answers.get(name, answer), answer)
     return Score(x_t, t, cast.fake(x_t, t, batch.cond).float(), real, answers)
 
 
-def teacher_mix(
-    batch: Batch, k: int, plan: Plan
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """lambda of step k for each sample, and each teacher's CFG scale."""
-    conditions = [plan.condition(batch.task, c) for c in batch.categories]
-    scales = {name: scale for condition in conditions for name, scale in condition.cfg.items()}
-    return [condition.weights[k] for condition in conditions], scales
+class Mix(NamedTuple):
+    """How the teachers are mixed at one step."""
+
+    weights: list[dict[str, float]]
+    """lambda for each sample."""
+    scales: dict[str, float]
+    """Each teacher's CFG scale."""
+    company: list[dict[str, float]]
+    """lambda for each sample of the batch's company."""
+
+
+def teacher_mix(batch: Batch, k: int, plan: Plan) -> Mix:
+    own, company = (
+        [plan.condition(batch.task, c) for c in categories]
+        for categories in (batch.categories, batch.company)
+    )
+    scales = {name: scale for c in (*own, *company) for name, scale in c.cfg.items()}
+    return Mix([c.weights[k] for c in own], scales, [c.weights[k] for c in company])
 
 
 def unweighted(
@@ -127,11 +140,14 @@ def unweighted(
     t: Tensor,
 ) -> dict[str, Tensor]:
     """Answers of teachers that an adaptive rule wants to know though their lambda is 0."""
-    rows = []
-    for entry in (plan.condition(batch.task, c) for c in batch.categories):
+
+    def row(category: str) -> dict[str, float]:
+        entry = plan.condition(batch.task, category)
         heard = entry.heard[k] if entry.heard else ()
-        rows.append({name: 1.0 for name in heard if name not in entry.weights[k]})
-    return real_denoised(cast.teachers, rows, scales, x_t, t, batch.cond)[1]
+        return {name: 1.0 for name in heard if name not in entry.weights[k]}
+
+    rows, company = ([row(c) for c in some] for some in (batch.categories, batch.company))
+    return real_denoised(cast.teachers, rows, scales, x_t, t, batch.cond, company)[1]
 
 
 def first_step_loss(
@@ -171,12 +187,12 @@ def apply_gradients(
     """
     ranks.average_gradients(module)
     limit = settings.clip if settings.clip is not None else float("inf")
-    norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
+    norm = clip(module, limit)
     if not torch.isfinite(norm):
         broken = next(
             n
             for n, p in module.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
+            if p.grad is not None and not whole(p.grad).isfinite().all()
         )
         settings_of = name.partition(".")[0]
         raise Agreed(
@@ -218,8 +234,9 @@ def draw_renoising(
     return t, draw_noise(batch, generator)
 
 
-def check_finite(x: Tensor, name: str) -> None:
-    if not torch.isfinite(x).all():
+def check_finite(x: Tensor, name: str, batch: Batch) -> None:
+    """Raises where a value is not finite; where devices wait for each other, on all of them."""
+    if batch.anywhere(not torch.isfinite(x).all()):
         raise RunError(
             f"the {name} is not finite; nothing was updated, the last checkpoint is kept; lower "
             "the learning rates or raise the objective's smallest time, then use --resume"

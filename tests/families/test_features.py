@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.models.families.features import feature_width, features
-from fewstep.models.roles import FamilyRole, LoraSpec, SharedNetwork, full_roles, lora_roles
+from fewstep.models.roles import FamilyRole, LoraSpec, SharedNetwork, full_copy, lora_roles
 from fewstep.objectives.gan import Features
 
 from .fixtures import CASES, SIZE, STEPS, apart, call, condition, family, noise
@@ -165,7 +165,7 @@ def test_gradients_of_features_are_those_of_a_copy_whatever_plays_in_between(
 def test_a_full_copy_shows_its_own_features() -> None:
     adapter, cond = family("qwen_image"), condition("qwen_image")
     shared = SharedNetwork(deepcopy(adapter.pipe.transformer))
-    _, fake = full_roles(adapter, shared)
+    fake = full_copy(adapter, shared)
     frozen = FamilyRole(adapter, shared, reader="student")
     x, t, readings = noise("qwen_image"), torch.full((2,), 0.5), singles(cond)
     before = frozen.features(x, t, readings)

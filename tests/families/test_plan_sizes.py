@@ -446,8 +446,10 @@ def test_an_absent_model_is_planned_on_paper_only_if_it_is_known(tiny_recipe: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_ready_recipes_can_be_planned_and_fit(path: Path) -> None:
-    plan = plan_real(load_recipe(path, {}), on_paper=True)
-    assert plan.size is not None and plan.cost.flop > 0
+    recipe = load_recipe(path, {})
+    devices = 8 if recipe.model.roles.shard else 1
+    plan = plan_real(recipe, devices=devices, on_paper=True)
+    assert plan.size is not None and plan.cost.flop > 0 and plan.evaluates
     if plan.size.networks == 1:
         assert plan.memory.total < ASSUMED.memory, plan.notes
 

@@ -24,7 +24,7 @@ from fewstep.models.roles import (
     FamilyRole,
     LoraSpec,
     SharedNetwork,
-    full_roles,
+    full_copy,
     lora_roles,
 )
 
@@ -450,7 +450,7 @@ def test_full_copies_train_apart_in_float32(name: str, dtype: torch.dtype) -> No
     shared = SharedNetwork(base)
     teacher = FamilyRole(fam, shared, reader=STUDENT)
     lora_roles(fam, shared, SPEC, seed=0)  # a teacher's adapter must not be copied along
-    student, fake = full_roles(fam, shared)
+    student, fake = full_copy(fam, shared), full_copy(fam, shared)
     assert student.trained.keys() == dict(fam.pipe.transformer.named_parameters()).keys()
     assert all(p.dtype == torch.float32 and p.requires_grad for p in student.parameters())
     x = torch.randn(fam.noise_shape(2, SIZE), generator=torch.Generator().manual_seed(1))
